@@ -1,0 +1,1 @@
+"""Activation functions: declare -> look up -> assign to sites -> probe."""

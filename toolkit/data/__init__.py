@@ -1,0 +1,1 @@
+"""Video in and out, face crops, dataset layouts, manifests, frames, and the embedded puppet data set."""

@@ -1,0 +1,165 @@
+"""Reading and writing video files with OpenCV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import cv2
+import numpy as np
+
+from toolkit.errors import UserError
+from toolkit.files import atomic
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class VideoError(Exception):
+    """A video file that cannot be read; the message says why."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video's header says. ``frames`` is an estimate for some containers; ``fps`` is 25 where none is given."""
+
+    width: int
+    height: int
+    fps: float
+    frames: int
+    codec: str
+
+
+class VideoReader:
+    """Frames of a video, one at a time, as ``(H, W, 3)`` uint8 BGR arrays; memory does not grow with its length.
+
+    Args:
+        path: a video file.
+
+    Raises:
+        VideoError: the file is missing, empty, or not a video that OpenCV can decode.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise VideoError("no such file")
+        if self.path.stat().st_size == 0:
+            raise VideoError("the file is empty")
+        # Named, so that OpenCV neither guesses an image sequence from digits in the name nor tries a camera.
+        self._capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
+        if not self._capture.isOpened():
+            raise VideoError("not a video that can be decoded (damaged, truncated, or another kind of file)")
+        get = self._capture.get
+        fps = get(cv2.CAP_PROP_FPS)
+        code = int(get(cv2.CAP_PROP_FOURCC))
+        self.info = VideoInfo(
+            width=int(get(cv2.CAP_PROP_FRAME_WIDTH)),
+            height=int(get(cv2.CAP_PROP_FRAME_HEIGHT)),
+            fps=float(fps) if np.isfinite(fps) and 0 < fps <= 1000 else 25.0,
+            frames=max(0, int(get(cv2.CAP_PROP_FRAME_COUNT))),
+            codec=code.to_bytes(4, "little", signed=False).decode("ascii", "replace").strip("\0 ") if code > 0 else "?",
+        )
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._capture.release()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Every frame in order. Ends at the first frame that cannot be decoded."""
+        while True:
+            ok, frame = self._capture.read()
+            if not ok or frame is None:
+                return
+            yield frame
+
+    def select(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames with these ``indices`` (any order, repeats ignored), in order; those past the end are left out.
+
+        Frames are skipped by decoding, not by seeking: seeking lands on other frames in some containers.
+        """
+        wanted = sorted(set(indices))
+        position = 0
+        for index in wanted:
+            while position < index:
+                if not self._capture.grab():
+                    return
+                position += 1
+            ok, frame = self._capture.read()
+            if not ok or frame is None:
+                return
+            position += 1
+            yield index, frame
+
+
+def count_frames(path: Path) -> int:
+    """The number of frames that really decode, by reading through the file."""
+    with VideoReader(path) as reader:
+        count = 0
+        while reader._capture.grab():
+            count += 1
+    return count
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
+    """Write RGB ``(H, W, 3)`` uint8 ``frames`` as VP9 in WebM, which browsers play; returns how many were written.
+
+    Args:
+        path: the file to make; the name must end in ``.webm``.
+        frames: at least one frame, all of one size.
+        fps: frames per second.
+
+    Raises:
+        UserError: the name has another ending, there is no frame, or the encoder is missing.
+    """
+    path = Path(path)
+    if path.suffix != ".webm":
+        raise UserError(f"{path}: clips are written as VP9 in WebM, so the name must end in .webm")
+    count = 0
+    with atomic(path) as temporary:
+        writer: cv2.VideoWriter | None = None
+        try:
+            for frame in frames:
+                if writer is None:
+                    size = (frame.shape[1], frame.shape[0])
+                    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"VP90"), fps, size)
+                    if not writer.isOpened():
+                        raise UserError("this build of OpenCV cannot write VP9 video; install opencv-python from PyPI")
+                writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+                count += 1
+        finally:
+            if writer is not None:
+                writer.release()
+        if count == 0:
+            raise UserError(f"{path}: there is no frame to write")
+    return count
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image of any kind OpenCV knows as ``(H, W, 3)`` uint8 BGR.
+
+    Greyscale is repeated over the channels, alpha is dropped, and 16 bits or floats are scaled to 8.
+
+    Raises:
+        VideoError: the file is missing or not an image.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise VideoError(f"cannot be read: {error.strerror}") from error
+    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    if image is None:
+        raise VideoError("not an image that can be decoded" if data.size else "the file is empty")
+    if image.dtype == np.uint16:
+        image = (image / 257.0).round().astype(np.uint8)
+    elif image.dtype != np.uint8:
+        image = (np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8)
+    if image.ndim == 2:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    if image.shape[2] == 4:
+        return cv2.cvtColor(image, cv2.COLOR_BGRA2BGR)
+    return np.ascontiguousarray(image[:, :, :3])
