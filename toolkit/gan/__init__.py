@@ -1,0 +1,1 @@
+"""DCGAN generator and discriminator, losses, the LightningModule, and latent walks."""

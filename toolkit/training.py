@@ -1,0 +1,239 @@
+"""What the GAN's and the detector's training share: guards, histories, provenance, and the LightningCLI."""
+
+from __future__ import annotations
+
+import random
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch import Tensor, nn
+
+from toolkit.activations.assign import site_modules
+from toolkit.errors import UserError
+
+PACKAGES = ("deepfake-toolkit", "torch", "torchvision", "timm", "pytorch-lightning", "opencv-python", "triton", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def random_state() -> dict[str, Any]:
+    """States of the random generators of Python, NumPy and PyTorch (CPU, and each GPU in use)."""
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
+    """Read a checkpoint made by this toolkit, without running any code it may contain.
+
+    Args:
+        path: the file.
+        kind: what it must hold: ``gan`` or ``detector``.
+
+    Raises:
+        UserError: it is missing, damaged, carries objects other than tensors and plain values, or is of another kind.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {path} is not there") from error
+    except Exception as error:
+        # torch.load raises anything from KeyError to RuntimeError, depending on what the file really is.
+        raise UserError(f"{path} cannot be loaded as a checkpoint: {str(error).splitlines()[0][:200]}") from error
+    found = checkpoint.get("toolkit", {}).get("kind") if isinstance(checkpoint, dict) else None
+    if found != kind:
+        what = f"a {found} checkpoint" if found else "not a checkpoint of this toolkit"
+        raise UserError(f"{path} is {what}; a {kind} checkpoint is needed")
+    return dict(checkpoint)
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load ``state`` into ``network``.
+
+    Raises:
+        UserError: the keys or shapes differ: another architecture.
+    """
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        detail = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise UserError(f"{path} was made by another architecture: {' '.join(detail)[:300]}") from error
+
+
+class Diverged(UserError):
+    """Training produced a value that is not finite."""
+
+
+class DivergenceGuard(pl.Callback):
+    """Stops a run whose loss is no longer finite and says where; notices a generator that has collapsed.
+
+    The module offers ``last_losses`` (name -> tensor) and ``probe_networks()`` (name -> (network, input)); a GAN also
+    offers ``diversity()``: mean distance between fakes over that between real images.
+
+    Args:
+        every: steps between checks; 0 chooses 1 on a CPU and 20 where each check makes the device wait.
+        collapse_every: steps between looks at the diversity.
+        collapse_below: diversity that counts as collapsed.
+    """
+
+    def __init__(self, every: int = 0, collapse_every: int = 500, collapse_below: float = 0.05) -> None:
+        self.every, self.collapse_every, self.collapse_below = every, collapse_every, collapse_below
+        self.collapsed_at: int | None = None
+        self._last_look = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"collapsed_at": self.collapsed_at, "last_look": self._last_look}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.collapsed_at, self._last_look = state_dict["collapsed_at"], state_dict["last_look"]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every = self.every or (1 if pl_module.device.type == "cpu" else 20)
+        if batch_idx % every == 0:
+            for name, value in pl_module.last_losses.items():
+                if not bool(torch.isfinite(value)):
+                    raise Diverged(self._message(trainer, pl_module, name))
+        step = trainer.global_step
+        if hasattr(pl_module, "diversity") and step - self._last_look >= self.collapse_every:
+            self._last_look = step
+            diversity = pl_module.diversity()
+            if diversity >= self.collapse_below:
+                self._keep(trainer)
+            elif self.collapsed_at is None:
+                self.collapsed_at = step
+                print(
+                    f"\nwarning: the generator has collapsed by step {step}: its images differ {diversity:.1%} as much as "
+                    f"real ones. The last checkpoint before that is {self._good(trainer)}",
+                    file=sys.stderr,
+                )
+
+    def _good(self, trainer: pl.Trainer) -> Path:
+        folder = Path(trainer.checkpoint_callback.dirpath) if getattr(trainer.checkpoint_callback, "dirpath", None) else Path(trainer.default_root_dir)  # type: ignore[union-attr, arg-type]
+        return folder / "good.ckpt"
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        if trainer.checkpoint_callback is not None:
+            trainer.save_checkpoint(self._good(trainer))
+
+    def _message(self, trainer: pl.Trainer, pl_module: Any, loss: str) -> str:
+        place = next((f" First such value: {where}." for where in non_finite_places(pl_module)), "")
+        kept = [p for p in (getattr(trainer.checkpoint_callback, "last_model_path", ""), str(self._good(trainer))) if p and Path(p).is_file()]
+        advice = f" The last good checkpoint is {kept[0]}." if kept else " There was no checkpoint yet."
+        return (
+            f"training diverged at step {trainer.global_step}: {loss} is not finite.{place}{advice} "
+            "A lower learning rate, precision 32-true or another activation may help"
+        )
+
+
+@torch.no_grad()
+def non_finite_places(pl_module: Any) -> list[str]:
+    """Sites (in order of computation) and then weights of a module's networks that hold a NaN or an infinity."""
+    places: list[str] = []
+    weights: list[str] = []
+    for network_name, (network, example) in pl_module.probe_networks().items():
+        handles = []
+        for site, module in site_modules(network).items():
+            def hook(m: nn.Module, args: Any, output: Tensor, where: str = f"site {site} of the {network_name}") -> None:
+                if not bool(torch.isfinite(output).all()):
+                    places.append(where)
+
+            handles.append(module.register_forward_hook(hook))
+        try:
+            network(example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        weights += [f"weight {n} of the {network_name}" for n, p in network.named_parameters() if not bool(torch.isfinite(p).all())]
+    return places + weights
+
+
+class History(pl.Callback):
+    """Keeps what was logged as rows ``(step, name, value)``, in the checkpoint too: a resumed run has one history.
+
+    Args:
+        prefixes: names to keep start with one of these.
+    """
+
+    def __init__(self, prefixes: tuple[str, ...] = ("val/", "loss/")) -> None:
+        self.prefixes = prefixes
+        self.rows: list[tuple[int, str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = [(int(s), str(n), float(v)) for s, n, v in state_dict["rows"]]
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Add one row per value; a name that was recorded at this step already is left alone."""
+        present = {(s, n) for s, n, _ in self.rows[-200:]}
+        for name, value in values.items():
+            if name.startswith(self.prefixes) and (step, name) not in present:
+                self.rows.append((step, name, float(value)))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            self.add(trainer.global_step, {k: v for k, v in trainer.callback_metrics.items() if k.startswith("loss/")})
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.add(trainer.global_step, {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+
+
+def run_folder(root: str | Path) -> Path:
+    """The folder of a command-line run; made when missing."""
+    path = Path(root)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class ToolkitCLI(LightningCLI):
+    """LightningCLI that takes no abbreviated options and keeps everything of a run in ``--out``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", type=str, default="", help="the run's folder (default: runs/KIND/NAME OF THE CONFIG)")
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if not config.get("out"):
+            named = [Path(str(p)).stem for p in config.get("config") or []]
+            config.out = str(Path("runs") / self.kind / (named[-1] if named else "default"))
+        config.trainer.default_root_dir = config.trainer.default_root_dir or config.out
+
+    kind = "run"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the config into the run's folder, also when there is no logger, and again when a run is resumed."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero and not self.already_saved:
+            folder = run_folder(trainer.default_root_dir)
+            text = self.parser.dump(self.config, skip_none=False)
+            (folder / "config.yaml").write_text(text)
+            self.already_saved = True
