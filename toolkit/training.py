@@ -6,16 +6,19 @@ import random
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from jsonargparse import ActionConfigFile
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import Tensor, nn
 
 from toolkit.activations.assign import site_modules
+from toolkit.activations.health import ActivationHealth
 from toolkit.errors import UserError
+from toolkit.files import write_text
 
 PACKAGES = ("deepfake-toolkit", "torch", "torchvision", "timm", "pytorch-lightning", "opencv-python", "triton", "numpy")
 
@@ -205,27 +208,47 @@ class History(pl.Callback):
             self.add(trainer.global_step, {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
 
 
-def run_folder(root: str | Path) -> Path:
-    """The folder of a command-line run; made when missing."""
-    path = Path(root)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+class OneLineErrors(LightningArgumentParser):
+    """A parser that answers a mistake with one line and takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **{**keywords, "allow_abbrev": False})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # jsonargparse nests one line per level of the config; the innermost ones say what is wrong.
+        cause = ex
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        text = str(cause) if cause is not None else " ".join(part.strip() for part in message.splitlines() if part.strip())
+        raise UserError(f"{text[:700]} (see --help)")
 
 
 class ToolkitCLI(LightningCLI):
-    """LightningCLI that takes no abbreviated options and keeps everything of a run in ``--out``."""
+    """LightningCLI with one-line errors, that keeps everything of a run in one folder, ``--out``."""
+
+    kind = "run"
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        given = {"model", "dataloaders", "datamodule"}
+        return {"fit": given | {"train_dataloaders", "val_dataloaders"}, "test": given}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"deepfake-toolkit, pytorch-lightning {pl.__version__}"])
+        parser = OneLineErrors(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with options; may be repeated")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, default="", help="the run's folder (default: runs/KIND/NAME OF THE CONFIG)")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
-        if not config.get("out"):
+        if not config.out:
             named = [Path(str(p)).stem for p in config.get("config") or []]
             config.out = str(Path("runs") / self.kind / (named[-1] if named else "default"))
-        config.trainer.default_root_dir = config.trainer.default_root_dir or config.out
-
-    kind = "run"
+        if not config.trainer.default_root_dir:
+            config.trainer.default_root_dir = config.out
 
 
 class SaveConfig(SaveConfigCallback):
@@ -233,7 +256,27 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and not self.already_saved:
-            folder = run_folder(trainer.default_root_dir)
-            text = self.parser.dump(self.config, skip_none=False)
-            (folder / "config.yaml").write_text(text)
+            write_text(Path(trainer.default_root_dir) / "config.yaml", self.parser.dump(self.config, skip_none=False))
             self.already_saved = True
+
+
+class RunFolder(pl.Callback):
+    """Writes ``history.csv`` (and ``health.csv``) into the run's folder at every validation and at the end."""
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        folder = Path(trainer.default_root_dir)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, History):
+                lines = ["step,name,value", *(f"{s},{n},{v!r}" for s, n, v in callback.rows)]
+                write_text(folder / "history.csv", "\n".join(lines) + "\n")
+            elif isinstance(callback, ActivationHealth):
+                lines = ["step,site,measure,value", *(f"{s},{site},{m},{v!r}" for s, site, m, v in callback.history)]
+                write_text(folder / "health.csv", "\n".join(lines) + "\n")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer)

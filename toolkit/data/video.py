@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -96,6 +99,20 @@ class VideoReader:
             yield index, frame
 
 
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Silence C code: OpenCV prints to file descriptor 2 that WebM has no four-letter codes, at every file it makes."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
 def count_frames(path: Path) -> int:
     """The number of frames that really decode, by reading through the file."""
     with VideoReader(path) as reader:
@@ -126,7 +143,8 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
             for frame in frames:
                 if writer is None:
                     size = (frame.shape[1], frame.shape[0])
-                    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"VP90"), fps, size)
+                    with _quiet_stderr():
+                        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"VP90"), fps, size)
                     if not writer.isOpened():
                         raise UserError("this build of OpenCV cannot write VP9 video; install opencv-python from PyPI")
                 writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
