@@ -51,6 +51,11 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0][:160]
+
+
 def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     """Read a checkpoint made by this toolkit, without running any code it may contain.
 
@@ -67,7 +72,7 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} is not there") from error
     except Exception as error:
         # torch.load raises anything from KeyError to RuntimeError, depending on what the file really is.
-        raise UserError(f"{path} cannot be loaded as a checkpoint: {str(error).splitlines()[0][:200]}") from error
+        raise UserError(f"{path} cannot be loaded as a checkpoint: {_first_sentence(error)}") from error
     found = checkpoint.get("toolkit", {}).get("kind") if isinstance(checkpoint, dict) else None
     if found != kind:
         what = f"a {found} checkpoint" if found else "not a checkpoint of this toolkit"

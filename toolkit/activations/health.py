@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -82,7 +83,7 @@ class ActivationHealth(pl.Callback):
             assert isinstance(module, ActivationModule)
             measured = self._measured[name] = unit_health(module, args[0], output)
             if output.requires_grad:
-                output.register_hook(lambda g: measured.setdefault("gradient_norm", float(g.detach().float().norm())) and None)
+                output.register_hook(_gradient_norm(measured))
 
         return hook
 
@@ -100,6 +101,13 @@ class ActivationHealth(pl.Callback):
             {f"health/{site}/{m}": v for site, measures in self._measured.items() for m, v in measures.items()},
             on_step=True, on_epoch=False, batch_size=1,
         )  # fmt: skip
+
+
+def _gradient_norm(measured: dict[str, float]) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        measured.setdefault("gradient_norm", float(gradient.detach().float().norm()))
+
+    return hook
 
 
 def _owner(module: nn.Module, name: str) -> nn.Module:

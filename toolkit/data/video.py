@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -122,39 +123,83 @@ def count_frames(path: Path) -> int:
     return count
 
 
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
-    """Write RGB ``(H, W, 3)`` uint8 ``frames`` as VP9 in WebM, which browsers play; returns how many were written.
+class VideoWriter:
+    """Writes WebM video that browsers play; the file appears under its name when it is complete.
 
     Args:
         path: the file to make; the name must end in ``.webm``.
-        frames: at least one frame, all of one size.
         fps: frames per second.
+        codec: ``VP90``, or ``VP80``, which is encoded four times as fast and is larger.
 
     Raises:
-        UserError: the name has another ending, there is no frame, or the encoder is missing.
+        UserError: the name has another ending.
     """
-    path = Path(path)
-    if path.suffix != ".webm":
-        raise UserError(f"{path}: clips are written as VP9 in WebM, so the name must end in .webm")
-    count = 0
-    with atomic(path) as temporary:
-        writer: cv2.VideoWriter | None = None
-        try:
-            for frame in frames:
-                if writer is None:
-                    size = (frame.shape[1], frame.shape[0])
-                    with _quiet_stderr():
-                        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"VP90"), fps, size)
-                    if not writer.isOpened():
-                        raise UserError("this build of OpenCV cannot write VP9 video; install opencv-python from PyPI")
-                writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-                count += 1
-        finally:
-            if writer is not None:
-                writer.release()
-        if count == 0:
-            raise UserError(f"{path}: there is no frame to write")
-    return count
+
+    def __init__(self, path: Path, fps: float, codec: Literal["VP90", "VP80"] = "VP90") -> None:
+        self.path = Path(path)
+        if self.path.suffix != ".webm":
+            raise UserError(f"{path}: clips are written as WebM, so the name must end in .webm")
+        self.fps, self.codec, self.count = fps, codec, 0
+        self._stack = ExitStack()
+        self._temporary = self._stack.enter_context(atomic(self.path))
+        self._writer: cv2.VideoWriter | None = None
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append an RGB ``(H, W, 3)`` uint8 frame; all frames have the first one's size.
+
+        Raises:
+            UserError: the encoder is missing.
+        """
+        if self._writer is None:
+            size = (frame.shape[1], frame.shape[0])
+            with _quiet_stderr():
+                self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*self.codec), self.fps, size)
+            if not self._writer.isOpened():
+                raise UserError("this build of OpenCV cannot write WebM video; install opencv-python from PyPI")
+            self._size = size
+        if (frame.shape[1], frame.shape[0]) != self._size:
+            frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_AREA)
+        self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        self.count += 1
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+            UserError: no frame was written.
+        """
+        if self._writer is None:
+            self.discard()
+            raise UserError(f"{self.path}: there is no frame to write")
+        self._writer.release()
+        self._stack.close()
+
+    def discard(self) -> None:
+        """Throw away an unfinished file; does nothing to a finished one."""
+        if self._writer is not None:
+            self._writer.release()
+        with suppress(_Discarded), self._stack:
+            raise _Discarded
+
+
+class _Discarded(Exception):
+    pass
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
+    """Write RGB ``(H, W, 3)`` uint8 ``frames`` as VP9 in WebM; returns how many were written.
+
+    Raises:
+        UserError: the name does not end in ``.webm``, there is no frame, or the encoder is missing.
+    """
+    writer = VideoWriter(path, fps)
+    try:
+        for frame in frames:
+            writer.write(frame)
+        writer.close()
+    finally:
+        writer.discard()
+    return writer.count
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Frame-level fake detector: timm backbone, heads, the LightningModule, detection on a video file."""

@@ -1,0 +1,1 @@
+"""Studies: a grid of activation rules x seeds -> cells -> results table -> report."""
