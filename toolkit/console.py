@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,8 @@ def print_rows(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console(highlight=False).print(table)
+    # Into a file or a pipe a table takes the width it needs.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 240).print(table)
 
 
 def print_table(title: str, frame: Any) -> None:

@@ -268,6 +268,8 @@ def apply_rules(
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, module)
         result[name] = f"{provider}/{str(module.spec).removeprefix(f'{module.spec.provider}/')}"
+    if callable(done := getattr(network, "on_activations_set", None)):
+        done()
     for name, text in result.items():
         log.debug("site %s: %s", name, text)
     return result

@@ -123,6 +123,7 @@ class Generator(nn.Module):
         self.rgb = upsample(upsampling, channels[-1], 3, bias=upsampling != "transposed")
         self.output = Site("tanh")
         self.depth = levels
+        self._range = (-1.0, 1.0)
         if spectral_norm:
             _add_spectral_norm(self)
 
@@ -139,18 +140,15 @@ class Generator(nn.Module):
         for i in range(1, self.depth + 1):
             x = self.get_submodule(f"up{i}")(x)
         x = self.output(self.rgb(x))
-        low, high = self._output_range
-        if (low, high) != (-1.0, 1.0) and math.isfinite(low) and math.isfinite(high) and high > low:
+        low, high = self._range
+        if (low, high) != (-1.0, 1.0):
             x = (x - low) * (2.0 / (high - low)) - 1.0
         return x
 
-    @property
-    def _output_range(self) -> tuple[float, float]:
-        cached = getattr(self, "_range", None)
-        if cached is None or cached[0] is not self.output:
-            cached = (self.output, self.output.output_range() if isinstance(self.output, ActivationModule) else (-1.0, 1.0))
-            object.__setattr__(self, "_range", cached)
-        return cached[1]
+    def on_activations_set(self) -> None:
+        """Called by ``apply_rules``: takes note of the output activation's range."""
+        low, high = self.output.output_range() if isinstance(self.output, ActivationModule) else (-1.0, 1.0)
+        self._range = (low, high) if math.isfinite(low) and math.isfinite(high) and high > low else (-1.0, 1.0)
 
 
 class Discriminator(nn.Module):

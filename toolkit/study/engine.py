@@ -12,6 +12,7 @@ import fcntl
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -101,8 +102,17 @@ def _worker(study: Study, threads: int) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
         work(study, threads)
+
+
+def _end_with_parent() -> None:
+    """Do not outlive the command that started the workers, however it ended: nobody would know of them."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def local(study: Study, workers: int) -> None:

@@ -1,3 +1,176 @@
-def write_report(study):
-    from toolkit.study.table import write_table
-    write_table(study); return study.folder/"x"
+"""``report.html``: one self-contained page that opens with the question and the answer."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import yaml
+
+import toolkit
+from toolkit.files import write_text
+from toolkit.study import figures
+from toolkit.study.answer import DETECTABILITY, answer
+from toolkit.study.spec import CONTROL, REAL, Study
+from toolkit.study.table import cell_results, detection_matrix, write_table
+
+
+def write_report(study: Study) -> Path:
+    """Write ``results.parquet`` and ``report.html`` from the finished cells.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: no cell is finished.
+    """
+    table = write_table(study)
+    keys = {cell.key for cell in study.cells()}
+    cells = [(cell, result) for cell, result in cell_results(study.folder) if cell["key"] in keys]
+    page = _environment().get_template("report.html.j2").render(**_content(study, table, cells))
+    path = study.folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FunctionLoader(lambda name: resources.files("toolkit.study").joinpath(name).read_text(encoding="utf-8"))
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def _content(study: Study, table: pd.DataFrame, cells: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    from plotly.offline import get_plotlyjs
+
+    spec = study.spec
+    labels = figures.robust_labels(table, list(spec.networks()))
+    plots: dict[str, Any] = {}
+    if not figures.own_detection(table).empty:
+        plots["scatter"] = figures.quality_against_detectability(table, labels)
+    matrix = detection_matrix(table, DETECTABILITY)
+    if not matrix.empty:
+        plots["matrix"] = figures.transfer_matrix(matrix, labels)
+    if (table["generator"].isin(labels)).any():
+        plots["measures"] = figures.measures(table, labels)
+    plots["curves"] = figures.learning_curves(cells, labels)
+    if (health := figures.health(cells, labels)) is not None:
+        plots["health"] = health
+    done, total = sum(study.is_done(c) for c in study.cells()), len(study.cells())
+    return {
+        "spec": spec,
+        "title": spec.name.replace("_", " "),
+        "answer": [part.split(". ", 1) for part in answer(table)],
+        "plots": {name: _json(figure.to_json()) for name, figure in plots.items()},
+        "plotlyjs": get_plotlyjs(),
+        "clips": _clips(study, cells, labels),
+        "colours": figures.colours(labels),
+        "rows": _table_rows(table),
+        "problems": [
+            (c["label"], c["seed"], c["kind"], r.get("message") or f"collapsed by step {r['collapsed_at']}")
+            for c, r in cells
+            if r["status"] != "done" or r.get("collapsed_at") is not None
+        ],
+        "done": done,
+        "total": total,
+        "facts": _facts(study, cells),
+        "spec_yaml": _spec_yaml(study),
+        "networks": [(label, _rules(options)) for label, options in spec.networks().items()],
+        "command": f"toolkit study run {study.source or spec.name + '.yaml'} --data {spec.data}",
+        "version": toolkit.__version__,
+        "made": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _json(text: str) -> str:
+    """JSON that can stand inside a script element whatever its strings hold."""
+    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+
+
+def _rules(options: dict[str, Any]) -> str:
+    rules = options["activations"]["generator"]
+    return "; ".join(f"{pattern}: {value}" for pattern, value in rules.items()) or "as built"
+
+
+def _data_url(path: Path, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _clips(study: Study, cells: list[tuple[dict[str, Any], dict[str, Any]]], labels: list[str]) -> list[dict[str, Any]]:
+    """Real clips, then each generator's walk of the first seed, all along one latent path."""
+    shown = []
+    first = study.spec.seeds[0]
+    wanted = [(REAL, 0), *((label, first) for label in labels)]
+    by_place = {(c["label"], c["seed"]): c["key"] for c, r in cells if c["kind"] in ("real", "gan") and r["status"] == "done"}
+    for place in wanted:
+        key = by_place.get(place)
+        if key and (study.path(key) / "walk.webm").is_file():
+            folder = study.path(key)
+            shown.append({
+                "label": "real people no GAN has seen" if place[0] == REAL else place[0],
+                "video": _data_url(folder / "walk.webm", "video/webm"),
+                "grid": _data_url(folder / "grid.png", "image/png"),
+            })  # fmt: skip
+    return shown
+
+
+def _table_rows(table: pd.DataFrame) -> list[dict[str, str]]:
+    rows = []
+    for row in table.itertuples(index=False):
+        what = row.generator or f"detector: {row.trained_on} on {row.tested_on}"
+        rows.append({
+            "what": str(what) if what != REAL else "real (floor)", "seed": str(row.seed), "metric": str(row.metric), "value": _number(row.value),
+            "interval": f"{_number(row.ci_low)} to {_number(row.ci_high)}" if np.isfinite(row.ci_low) else "–",
+            "n": str(row.n), "unit": str(row.unit),
+        })  # fmt: skip
+    return rows
+
+
+def _number(value: float) -> str:
+    if not np.isfinite(value):
+        return "cannot be judged"
+    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
+
+
+def _facts(study: Study, cells: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[str, str]]:
+    real = study.manifest.table[study.manifest.table["label"] == "real"]
+    gan, detector = study.identities()
+    size = {s: int(real.loc[real["split"] == s, "identity"].nunique()) for s in ("val", "test")}
+    versions = cells[0][1].get("versions", {})
+    seconds = sum(r["seconds"] for _, r in cells)
+    spaces = sorted({m["space"] for _, r in cells for m in r.get("measures", []) if m.get("space")})
+    return [
+        ("real data", f"{real['frame'].count()} frames of {real['video'].nunique()} videos, {real['identity'].nunique()} identities; "
+         f"fingerprint {study.manifest.fingerprint()}"),
+        ("identities", f"{len(gan)} train the GANs, {len(detector)} train the detectors, {size['val']} validate, {size['test']} test: all different people"),
+        ("seeds", ", ".join(map(str, study.spec.seeds))),
+        ("feature space", "; ".join(spaces) or "none"),
+        ("computing time", f"{seconds / 60:.0f} minutes in {len(cells)} cells"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
+    ]  # fmt: skip
+
+
+def _spec_yaml(study: Study) -> str:
+    import dataclasses
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(study.spec)), sort_keys=False, allow_unicode=True, width=100)
+
+
+def page_data(page: str) -> dict[str, Any]:
+    """The figures of a written page, read back: name -> plotly figure as a dictionary."""
+    found = re.findall(r'<script type="application/json" id="plot-(\w+)">(.*?)</script>', page, re.DOTALL)
+    return {name: json.loads(text) for name, text in found}
+
+
+__all__ = ["CONTROL", "page_data", "write_report"]
