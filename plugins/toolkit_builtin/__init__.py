@@ -93,7 +93,10 @@ class Softmax(nn.Module):
         self.channel_dim = channel_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(x, dim=self.channel_dim)
+        y = torch.softmax(x, dim=self.channel_dim)
+        # PyTorch's softmax returns the channels-first layout whatever it is given.
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 @hookimpl

@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+from scipy.ndimage import convolve1d
 
 from toolkit.data.layouts import VideoItem
 from toolkit.data.manifest import COLUMNS, Manifest, assign_splits
@@ -94,7 +95,7 @@ def make_motion(frames: int, seed: int) -> list[State]:
 
     speech = np.clip(sway(1.2, 1.5, 4.5) + 0.15, 0, 1) * (sway(1.0, 0.15, 0.5) > -0.35)
     kernel = np.hanning(7) / np.hanning(7).sum()
-    mouth = np.clip(np.convolve(speech, kernel, mode="same"), 0, 1)
+    mouth = np.clip(convolve1d(speech, kernel, mode="constant"), 0, 1)
     blink = np.zeros(frames)
     moment = rng.uniform(0.2, 2.0)
     while moment < frames / FPS:
