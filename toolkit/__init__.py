@@ -40,10 +40,24 @@ _EXPORTS = {
     "results_table": "toolkit.study.table",
 }
 
-__all__ = [  # noqa: RUF022
-    "Activation", "ActivationSpec", "ClipSet", "Face", "Listing", "Manifest", "Measure", "Parameter", "Registry",
-    "UserError", "VideoItem", "apply_rules", "find_sites", "hookimpl", "registry", "results_table",
-]  # fmt: skip
+__all__ = [
+    "Activation",
+    "ActivationSpec",
+    "ClipSet",
+    "Face",
+    "Listing",
+    "Manifest",
+    "Measure",
+    "Parameter",
+    "Registry",
+    "UserError",
+    "VideoItem",
+    "apply_rules",
+    "find_sites",
+    "hookimpl",
+    "registry",
+    "results_table",
+]
 __version__ = "0.1.0"
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from toolkit.cli import Parser
 from toolkit.errors import UserError
@@ -60,9 +61,12 @@ def alternate(variants: list[Variant], images: int, rounds: int, seconds: float)
         ordered = sorted(values)
         result.append(
             Timing(
-                name, statistics.median(values), ordered[int(0.2 * (len(ordered) - 1))], ordered[round(0.8 * (len(ordered) - 1))],
+                name,
+                statistics.median(values),
+                ordered[int(0.2 * (len(ordered) - 1))],
+                ordered[round(0.8 * (len(ordered) - 1))],
                 statistics.median(v / b for v, b in zip(values, base, strict=True)),
-            )  # fmt: skip
+            )
         )
     return result
 
@@ -83,13 +87,21 @@ def dcgan_variants(image_size: int, width: int, batch_size: int) -> list[Variant
     def example_networks() -> tuple[nn.Module, nn.Module]:
         levels = image_size.bit_length() - 3
         channels = [width * 2 ** (levels - 1 - i) for i in range(levels)]
-        layers: list[nn.Module] = [nn.ConvTranspose2d(latent, channels[0], 4, 1, 0, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU(True)]
+        layers: list[nn.Module] = [
+            nn.ConvTranspose2d(latent, channels[0], 4, 1, 0, bias=False),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(True),
+        ]
         for a, b in zip(channels[:-1], channels[1:], strict=True):
             layers += [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
         generator = nn.Sequential(*layers, nn.ConvTranspose2d(channels[-1], 3, 4, 2, 1, bias=False), nn.Tanh())
         layers = [nn.Conv2d(3, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
         for i in range(1, levels):
-            layers += [nn.Conv2d(width * 2 ** (i - 1), width * 2**i, 4, 2, 1, bias=False), nn.BatchNorm2d(width * 2**i), nn.LeakyReLU(0.2, True)]
+            layers += [
+                nn.Conv2d(width * 2 ** (i - 1), width * 2**i, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(width * 2**i),
+                nn.LeakyReLU(0.2, True),
+            ]
         return generator, nn.Sequential(*layers, nn.Conv2d(width * 2 ** (levels - 1), 1, 4, 1, 0, bias=False))
 
     images = torch.rand(4 * batch_size, 3, image_size, image_size) * 2 - 1
@@ -98,8 +110,8 @@ def dcgan_variants(image_size: int, width: int, batch_size: int) -> list[Variant
         torch.manual_seed(0)
         generator, discriminator = example_networks()
         memory = torch.channels_last if channels_last else torch.contiguous_format
-        generator.to(memory_format=memory)  # type: ignore[call-overload]
-        discriminator.to(memory_format=memory)  # type: ignore[call-overload]
+        generator.to(memory_format=memory)
+        discriminator.to(memory_format=memory)
         optimizers = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=fused) for n in (generator, discriminator)]
         ones, zeros = torch.ones(batch_size), torch.zeros(batch_size)
         place = [0]
@@ -129,7 +141,7 @@ def dcgan_variants(image_size: int, width: int, batch_size: int) -> list[Variant
 
         return step
 
-    def own(precision: str) -> Callable[[], None]:
+    def own(precision: Literal["32-true", "bf16-mixed"]) -> Callable[[], None]:
         return _toolkit_step(GAN(image_size, latent, width, width, ema_decay=0.0, flip=False), batch_size, precision)
 
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -147,11 +159,9 @@ def dcgan_variants(image_size: int, width: int, batch_size: int) -> list[Variant
     return variants
 
 
-def _toolkit_step(module: object, batch_size: int, precision: str) -> Callable[[], None]:
+def _toolkit_step(module: object, batch_size: int, precision: Literal["32-true", "bf16-mixed"]) -> Callable[[], None]:
     """The toolkit's training as its users run it, a step at a time: the Lightning loop, in a thread that waits between steps."""
-    import logging
     import threading
-    import warnings
 
     import numpy as np
     import pytorch_lightning as pl
@@ -159,7 +169,7 @@ def _toolkit_step(module: object, batch_size: int, precision: str) -> Callable[[
     from toolkit.activations.health import ActivationHealth
     from toolkit.data.frames import ArrayDataset, Batches, loader
     from toolkit.gan.module import GAN
-    from toolkit.training import DivergenceGuard, History
+    from toolkit.training import CollapseWatch, History, quiet
 
     assert isinstance(module, GAN)
     go, done = threading.Semaphore(0), threading.Semaphore(0)
@@ -173,19 +183,24 @@ def _toolkit_step(module: object, batch_size: int, precision: str) -> Callable[[
         def on_train_batch_end(self, *_: object) -> None:
             done.release()
 
-    size = int(module.hparams.image_size)
+    size = int(module.options.image_size)
     images = np.random.default_rng(0).integers(0, 256, (16 * batch_size, size, size, 3), dtype=np.uint8)
     data = loader(ArrayDataset(images, np.arange(len(images))), Batches(len(images), batch_size, 0))
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    quiet()
 
     def fit() -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer = pl.Trainer(
-                max_epochs=-1, max_steps=-1, precision=precision, logger=False, enable_checkpointing=False, enable_progress_bar=False,  # type: ignore[arg-type]
-                enable_model_summary=False, use_distributed_sampler=False, callbacks=[ActivationHealth(), DivergenceGuard(), History(), Gate()],
-            )  # fmt: skip
-            trainer.fit(module, data)
+        trainer = pl.Trainer(
+            max_epochs=-1,
+            max_steps=-1,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[ActivationHealth(), CollapseWatch(), History(), Gate()],
+        )
+        trainer.fit(module, data)
 
     # A daemon: it waits at the gate for ever once nobody asks for steps.
     threading.Thread(target=fit, daemon=True).start()

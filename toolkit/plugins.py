@@ -64,6 +64,8 @@ class Plugins:
             self.infos[entry.name] = info
             self._load(info, entry.load, blocked=entry.name in block)
         for file in files or []:
+            if not file.is_file():
+                raise UserError(f"plugin file {file} is not there")
             info = PluginInfo(file.stem, "(file)", "-", str(file))
             if file.stem in self.infos:
                 raise UserError(f"plugin file {file}: a plugin named {file.stem!r} is there already; rename the file")
@@ -83,7 +85,10 @@ class Plugins:
             # Whatever a plugin does wrong while it loads must not harm the others.
             if self._manager.has_plugin(info.name):
                 self._manager.unregister(name=info.name)
-            info.state, info.reason = "broken", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            info.state, info.reason = (
+                "broken",
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            )
 
     def _check_hooks(self, module: Any, name: str) -> None:
         for hook in dir(module):
@@ -133,8 +138,6 @@ class Plugins:
 
 
 def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"plugin file {path} is not there")
     spec = importlib.util.spec_from_file_location(f"toolkit_plugin_file_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"plugin file {path} is not a Python file")

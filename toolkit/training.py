@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ActionConfigFile
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 
 from toolkit.activations.assign import site_modules
 from toolkit.activations.health import ActivationHealth
+from toolkit.console import console
 from toolkit.errors import UserError
 from toolkit.files import write_text
 
@@ -35,8 +46,12 @@ def versions() -> dict[str, str]:
 
 
 def random_state() -> dict[str, Any]:
-    """States of the random generators of Python, NumPy and PyTorch (CPU, and each GPU in use)."""
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    """States of the random generators of Python and PyTorch (CPU, and each GPU in use)."""
+    # NumPy's global generator is used nowhere: whoever draws from NumPy has a generator of their own.
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -45,7 +60,6 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put back what :func:`random_state` returned."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -97,20 +111,52 @@ class Diverged(UserError):
     """Training produced a value that is not finite."""
 
 
-class DivergenceGuard(pl.Callback):
-    """Stops a run whose loss is no longer finite and says where; notices a generator that has collapsed.
+def require_finite(module: Any, name: str, loss: Tensor, batch_idx: int) -> None:
+    """Stop the training before it steps on a loss that is not finite, and say where the first such value is.
 
-    The module offers ``last_losses`` (name -> tensor) and ``probe_networks()`` (name -> (network, input)); a GAN also
-    offers ``diversity()``: mean distance between fakes over that between real images.
+    On a CPU every batch is looked at; elsewhere every 20th, for a look makes the device wait.
 
     Args:
-        every: steps between checks; 0 chooses 1 on a CPU and 20 where each check makes the device wait.
-        collapse_every: steps between looks at the diversity.
-        collapse_below: diversity that counts as collapsed.
+        module: a LightningModule with ``probe_networks()``: name -> (network, input).
+        name: of the loss.
+        loss: a scalar.
+        batch_idx: of the batch.
+
+    Raises:
+        Diverged: with the step, the first site or weight concerned, and the last good checkpoint.
+    """
+    if (module.device.type != "cpu" and batch_idx % 20) or bool(torch.isfinite(loss)):
+        return
+    trainer = module.trainer
+    place = next((f" First such value: {where}." for where in non_finite_places(module)), "")
+    kept = [
+        p for p in (getattr(trainer.checkpoint_callback, "last_model_path", ""), str(good_checkpoint(trainer))) if p and Path(p).is_file()
+    ]
+    advice = f" The last good checkpoint is {kept[0]}." if kept else " There was no checkpoint yet."
+    raise Diverged(
+        f"training diverged at step {trainer.global_step}: {name} is not finite.{place}{advice} "
+        "A lower learning rate, precision 32-true or another activation may help"
+    )
+
+
+def good_checkpoint(trainer: pl.Trainer) -> Path:
+    """Where the last checkpoint goes whose generator had not collapsed."""
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+    return Path(folder) / "good.ckpt"
+
+
+class CollapseWatch(pl.Callback):
+    """Notices a generator that has collapsed, and keeps the last checkpoint from before as ``good.ckpt``.
+
+    The module offers ``diversity()``: the mean distance between fakes over that between real images.
+
+    Args:
+        every: steps between looks.
+        below: diversity that counts as collapsed.
     """
 
-    def __init__(self, every: int = 0, collapse_every: int = 500, collapse_below: float = 0.05) -> None:
-        self.every, self.collapse_every, self.collapse_below = every, collapse_every, collapse_below
+    def __init__(self, every: int = 500, below: float = 0.05) -> None:
+        self.every, self.below = every, below
         self.collapsed_at: int | None = None
         self._last_look = 0
 
@@ -121,41 +167,22 @@ class DivergenceGuard(pl.Callback):
         self.collapsed_at, self._last_look = state_dict["collapsed_at"], state_dict["last_look"]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        every = self.every or (1 if pl_module.device.type == "cpu" else 20)
-        if batch_idx % every == 0:
-            for name, value in pl_module.last_losses.items():
-                if not bool(torch.isfinite(value)):
-                    raise Diverged(self._message(trainer, pl_module, name))
         step = trainer.global_step
-        if hasattr(pl_module, "diversity") and step - self._last_look >= self.collapse_every:
-            self._last_look = step
-            diversity = pl_module.diversity()
-            if diversity >= self.collapse_below:
-                self._keep(trainer)
-            elif self.collapsed_at is None:
-                self.collapsed_at = step
-                print(
-                    f"\nwarning: the generator has collapsed by step {step}: its images differ {diversity:.1%} as much as "
-                    f"real ones. The last checkpoint before that is {self._good(trainer)}",
-                    file=sys.stderr,
-                )
-
-    def _good(self, trainer: pl.Trainer) -> Path:
-        folder = Path(trainer.checkpoint_callback.dirpath) if getattr(trainer.checkpoint_callback, "dirpath", None) else Path(trainer.default_root_dir)  # type: ignore[union-attr, arg-type]
-        return folder / "good.ckpt"
-
-    def _keep(self, trainer: pl.Trainer) -> None:
-        if trainer.checkpoint_callback is not None:
-            trainer.save_checkpoint(self._good(trainer))
-
-    def _message(self, trainer: pl.Trainer, pl_module: Any, loss: str) -> str:
-        place = next((f" First such value: {where}." for where in non_finite_places(pl_module)), "")
-        kept = [p for p in (getattr(trainer.checkpoint_callback, "last_model_path", ""), str(self._good(trainer))) if p and Path(p).is_file()]
-        advice = f" The last good checkpoint is {kept[0]}." if kept else " There was no checkpoint yet."
-        return (
-            f"training diverged at step {trainer.global_step}: {loss} is not finite.{place}{advice} "
-            "A lower learning rate, precision 32-true or another activation may help"
-        )
+        if step - self._last_look < self.every:
+            return
+        self._last_look = step
+        diversity = pl_module.diversity()
+        if diversity >= self.below:
+            if trainer.checkpoint_callback is not None:
+                trainer.save_checkpoint(good_checkpoint(trainer))
+        elif self.collapsed_at is None:
+            self.collapsed_at = step
+            path = good_checkpoint(trainer)
+            kept = f" The last checkpoint from before is {path}." if path.is_file() else ""
+            print(
+                f"\nwarning: the generator has collapsed by step {step}: its images differ {diversity:.1%} as much as real ones.{kept}",
+                file=sys.stderr,
+            )
 
 
 @torch.no_grad()
@@ -166,6 +193,7 @@ def non_finite_places(pl_module: Any) -> list[str]:
     for network_name, (network, example) in pl_module.probe_networks().items():
         handles = []
         for site, module in site_modules(network).items():
+
             def hook(m: nn.Module, args: Any, output: Tensor, where: str = f"site {site} of the {network_name}") -> None:
                 if not bool(torch.isfinite(output).all()):
                     places.append(where)
@@ -213,6 +241,67 @@ class History(pl.Callback):
             self.add(trainer.global_step, {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
 
 
+class StepBar(pl.callbacks.ProgressBar):
+    """A progress bar over the whole training: step, speed, time left, and the logged figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def disable(self) -> None:
+        self._stop()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Progress(*columns, console=console, disable=not trainer.is_global_zero)
+        self._task = self._bar.add_task("", total=total, completed=trainer.global_step)
+        self._bar.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._bar is not None and self._task is not None:
+            figures = "  ".join(f"{k.split('/')[-1]} {float(v):.3g}" for k, v in trainer.progress_bar_metrics.items())
+            self._bar.update(self._task, completed=trainer.global_step, description=figures)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def quiet() -> None:
+    """Silence warnings that do not concern the toolkit's users, each for a reason."""
+    for message in (
+        "LightningCLI's args parameter",  # it is meant to be called from within `toolkit`
+        ".*does not have many workers",  # frames are mapped into memory: workers only cost time
+        ".*module.s. in eval mode at the start of training",  # the averaged generator is
+        ".*your dataloader is not resumable",  # its sampler is, see Batches.start_at
+        ".*no pre-optimization state was saved",  # a checkpoint is meant to hold the state after the step
+        ".*is not supported by the model summary",
+        ".*treespec, LeafSpec",
+        ".*Checkpoint directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # Lightning's tips and device tables; its warnings and errors still come through.
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 class OneLineErrors(LightningArgumentParser):
     """A parser that answers a mistake with one line and takes no abbreviated options."""
 
@@ -221,7 +310,7 @@ class OneLineErrors(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse nests one line per level of the config; the innermost ones say what is wrong.
-        cause = ex
+        cause: BaseException | None = ex
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
         text = str(cause) if cause is not None else " ".join(part.strip() for part in message.splitlines() if part.strip())
@@ -246,6 +335,11 @@ class ToolkitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, default="", help="the run's folder (default: runs/KIND/NAME OF THE CONFIG)")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
+            kwargs["callbacks"] = [*kwargs.get("callbacks", []), StepBar()]
+        return super().instantiate_trainer(**kwargs)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config

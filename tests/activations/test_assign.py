@@ -21,11 +21,18 @@ BACKBONES = {
 
 def test_last_matching_rule_wins_and_nothing_is_shared() -> None:
     generator = Generator(64)
-    chosen = apply_rules(generator, {"*": "relu", "up[34].*": "swish(beta=1.5, learn=beta)", "output": "tanh"}, example=generator.example())
+    chosen = apply_rules(
+        generator,
+        {"*": "relu", "up[34].*": "swish(beta=1.5, learn=beta)", "output": "tanh"},
+        example=generator.example(),
+    )
     assert chosen == {
-        "up1.act": "toolkit_builtin/relu", "up2.act": "toolkit_builtin/relu", "up3.act": "toolkit_builtin/swish(beta=1.5, learn=beta)",
-        "up4.act": "toolkit_builtin/swish(beta=1.5, learn=beta)", "output": "toolkit_builtin/tanh",
-    }  # fmt: skip
+        "up1.act": "toolkit_builtin/relu",
+        "up2.act": "toolkit_builtin/relu",
+        "up3.act": "toolkit_builtin/swish(beta=1.5, learn=beta)",
+        "up4.act": "toolkit_builtin/swish(beta=1.5, learn=beta)",
+        "output": "toolkit_builtin/tanh",
+    }
     modules = [m for m in generator.modules() if isinstance(m, ActivationModule)]
     assert len({id(m) for m in modules}) == 5
     assert [k for k in generator.state_dict() if k.endswith("beta")] == ["up3.act.beta", "up4.act.beta"]
@@ -69,7 +76,13 @@ def test_checkpoint_moves_between_providers() -> None:
     for prefer in ([], ["mine"]):
         torch.manual_seed(0)
         network = Generator(16)
-        apply_rules(network, {"up*": "swish(learn=beta, per_channel=true)"}, example=network.example(), prefer=prefer, activations=both)
+        apply_rules(
+            network,
+            {"up*": "swish(learn=beta, per_channel=true)"},
+            example=network.example(),
+            prefer=prefer,
+            activations=both,
+        )
         networks.append(network)
     networks[1].load_state_dict(networks[0].state_dict())
     z = torch.randn(2, 100)

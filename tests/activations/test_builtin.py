@@ -19,9 +19,24 @@ from toolkit.activations.module import ActivationModule
 BUILTIN = {n: a for n, a in registry().providers["toolkit_builtin"].items() if n == a.name}
 FORMULAS = sorted(n for n, a in BUILTIN.items() if a.formula is not None)
 EXPECTED = {
-    "sigmoid", "tanh", "relu", "leaky_relu", "prelu", "elu", "swish", "gelu", "softmax", "identity", "selu", "celu", "mish",
-    "hardswish", "softplus", "softsign", "snake",
-}  # fmt: skip
+    "sigmoid",
+    "tanh",
+    "relu",
+    "leaky_relu",
+    "prelu",
+    "elu",
+    "swish",
+    "gelu",
+    "softmax",
+    "identity",
+    "selu",
+    "celu",
+    "mish",
+    "hardswish",
+    "softplus",
+    "softsign",
+    "snake",
+}
 # Independent references in NumPy and SciPy, float64.
 REFERENCES = {
     "sigmoid": lambda x: special.expit(x),
@@ -192,8 +207,13 @@ def test_properties_are_measured_right() -> None:
     assert tanh.gain == pytest.approx(1.59254, rel=1e-4)  # 1 / sqrt(E[tanh(z)^2]), Monte Carlo of 1e8 draws
     assert BUILTIN["selu"].default_properties.gain == pytest.approx(1.0, abs=1e-6)  # what selu is made for
     assert {n: BUILTIN[n].default_properties.smoothness for n in ("relu", "leaky_relu", "elu", "selu", "softsign", "hardswish")} == {
-        "relu": 0, "leaky_relu": 0, "elu": 1, "selu": 0, "softsign": 1, "hardswish": 0,
-    }  # fmt: skip
+        "relu": 0,
+        "leaky_relu": 0,
+        "elu": 1,
+        "selu": 0,
+        "softsign": 1,
+        "hardswish": 0,
+    }
     assert all(BUILTIN[n].default_properties.smoothness == 3 for n in ("swish", "gelu", "mish", "tanh", "sigmoid", "softplus"))
     assert not BUILTIN["swish"].default_properties.monotonic
     assert BUILTIN["elu"].default_properties.monotonic

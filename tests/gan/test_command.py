@@ -15,14 +15,44 @@ from toolkit.gan.module import GAN
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "gan" / "puppets32.yaml")
-SMALL = ["--model.generator_width", "4", "--model.discriminator_width", "4", "--data.batch_size", "16", "--samples.every", "4", "--samples.frames", "6",
-         "--model.validation_images", "32", "--trainer.val_check_interval", "4", "--trainer.enable_progress_bar", "false"]  # fmt: skip
+SMALL = [
+    "--model.generator_width",
+    "4",
+    "--model.discriminator_width",
+    "4",
+    "--data.batch_size",
+    "16",
+    "--samples.every",
+    "4",
+    "--samples.frames",
+    "6",
+    "--model.validation_images",
+    "32",
+    "--trainer.val_check_interval",
+    "4",
+    "--trainer.enable_progress_bar",
+    "false",
+]
 
 
 @pytest.fixture(scope="module")
 def trained(puppets: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gan")
-    run(["gan", "fit", "--config", CONFIG, "--data.manifest", str(puppets.root), "--out", str(out), "--trainer.max_steps", "8", *SMALL])
+    run(
+        [
+            "gan",
+            "fit",
+            "--config",
+            CONFIG,
+            "--data.manifest",
+            str(puppets.root),
+            "--out",
+            str(out),
+            "--trainer.max_steps",
+            "8",
+            *SMALL,
+        ]
+    )
     return out
 
 
@@ -55,14 +85,33 @@ def test_saved_config_continues_the_run(trained: Path) -> None:
 
 
 def test_test_measures(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(["gan", "test", "--config", str(trained / "config.yaml"), "--ckpt_path", str(trained / "checkpoints" / "last.ckpt")])
+    run(
+        [
+            "gan",
+            "test",
+            "--config",
+            str(trained / "config.yaml"),
+            "--ckpt_path",
+            str(trained / "checkpoints" / "last.ckpt"),
+        ]
+    )
     printed = capsys.readouterr().out
     assert "test/Fréchet distance" in printed
     assert "test/sliced Wasserstein" in printed
 
 
 def test_sample_renders_clips_grid_and_manifest(trained: Path, tmp_path: Path) -> None:
-    arguments = ["gan", "sample", str(trained / "checkpoints" / "last.ckpt"), str(tmp_path / "s"), "--clips", "5", "--frames", "7", "--manifest"]
+    arguments = [
+        "gan",
+        "sample",
+        str(trained / "checkpoints" / "last.ckpt"),
+        str(tmp_path / "s"),
+        "--clips",
+        "5",
+        "--frames",
+        "7",
+        "--manifest",
+    ]
     run(arguments)
     names = {p.name for p in (tmp_path / "s").iterdir()}
     assert names == {*(f"clip-{i:03d}.webm" for i in range(5)), "all.webm", "grid.png", "frames", "manifest.csv"}

@@ -10,7 +10,13 @@ from scipy.interpolate import interp1d
 from scipy.optimize import brentq
 from sklearn import metrics as sk
 
-from toolkit.metrics.detection import aggregate, balanced_threshold, ranking_measures, threshold_measures, video_bootstrap
+from toolkit.metrics.detection import (
+    aggregate,
+    balanced_threshold,
+    ranking_measures,
+    threshold_measures,
+    video_bootstrap,
+)
 
 
 @settings(deadline=None)
@@ -94,5 +100,9 @@ def test_aggregate_and_threshold() -> None:
     labels, p = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.6, 0.5, 0.9])
     t = balanced_threshold(labels, p)
     assert 0.2 < t < 0.5
-    assert threshold_measures(labels, p, t) == {"real accuracy": pytest.approx(2 / 3), "fake accuracy": 1.0, "balanced accuracy": pytest.approx(5 / 6)}
+    assert threshold_measures(labels, p, t) == {
+        "real accuracy": pytest.approx(2 / 3),
+        "fake accuracy": 1.0,
+        "balanced accuracy": pytest.approx(5 / 6),
+    }
     assert balanced_threshold(np.array([0, 1]), np.array([0.2, 0.8])) == pytest.approx(0.5)

@@ -27,7 +27,9 @@ def test_frechet_equals_torchmetrics_scipy_and_the_closed_form() -> None:
     assert ours == pytest.approx(by_scipy, rel=1e-6)
     # Axis-parallel Gaussians: sum of (m1 - m2)^2 + (s1 - s2)^2.
     s1, s2 = np.array([1.0, 2.0, 0.5]), np.array([0.3, 2.5, 0.5])
-    assert frechet_from_moments(np.zeros(3), np.diag(s1**2), np.ones(3), np.diag(s2**2)) == pytest.approx(3 + ((s1 - s2) ** 2).sum(), rel=1e-12)
+    assert frechet_from_moments(np.zeros(3), np.diag(s1**2), np.ones(3), np.diag(s2**2)) == pytest.approx(
+        3 + ((s1 - s2) ** 2).sum(), rel=1e-12
+    )
 
 
 def test_frechet_with_fewer_samples_than_dimensions_and_of_equal_sets() -> None:
@@ -153,7 +155,7 @@ def test_motion_measures_by_hand() -> None:
     assert flicker(drift) == pytest.approx(0)
     assert flicker(blink) == pytest.approx(40)
     texture = (128 + 60 * np.sin(np.indices((160, 160)).sum(0) / 9.0) + 40 * np.sin(np.indices((160, 160))[1] / 4.0)).astype(np.uint8)
-    moving = np.stack([np.repeat(texture[8 : 136, 2 * t : 128 + 2 * t, None], 3, axis=2) for t in range(4)])
+    moving = np.stack([np.repeat(texture[8:136, 2 * t : 128 + 2 * t, None], 3, axis=2) for t in range(4)])
     assert warping_error(moving) < 0.3 * motion(moving)  # a shift is explained by flow
     assert np.isnan(motion(drift[:1]))
 

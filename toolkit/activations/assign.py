@@ -28,10 +28,38 @@ Rules = Mapping[str, str | Mapping[str, Any]]
 
 _NOT_ACTIVATIONS = {"MultiheadAttention"}
 _FUNCTIONS = {
-    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "elu", "elu_", "selu", "celu", "gelu", "silu",
-    "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "sigmoid_", "tanh", "tanh_", "softmax", "log_softmax",
-    "softplus", "softsign", "logsigmoid", "glu", "scaled_dot_product_attention", "clamp_min", "clamp_min_", "threshold",
-}  # fmt: skip
+    "relu",
+    "relu_",
+    "relu6",
+    "leaky_relu",
+    "leaky_relu_",
+    "prelu",
+    "rrelu",
+    "elu",
+    "elu_",
+    "selu",
+    "celu",
+    "gelu",
+    "silu",
+    "mish",
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
+    "sigmoid",
+    "sigmoid_",
+    "tanh",
+    "tanh_",
+    "softmax",
+    "log_softmax",
+    "softplus",
+    "softsign",
+    "logsigmoid",
+    "glu",
+    "scaled_dot_product_attention",
+    "clamp_min",
+    "clamp_min_",
+    "threshold",
+}
 
 
 class Site(nn.Module):
@@ -185,7 +213,7 @@ def _bypass_empty_sites(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Let sites without rules pass their input through, so that a network can be traced before its rules are applied."""
     empty = [m for m in modules.values() if isinstance(m, Site)]
     for module in empty:
-        module.forward = lambda x: x  # type: ignore[method-assign, assignment]
+        object.__setattr__(module, "forward", lambda x: x)
     try:
         yield
     finally:
@@ -193,7 +221,7 @@ def _bypass_empty_sites(modules: Mapping[str, nn.Module]) -> Iterator[None]:
             del module.forward
 
 
-def _describe(module: nn.Module) -> dict[str, str]:
+def _describe(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, ActivationModule):
         learned = [f"{n} learned{' per channel' if module.spec.per_channel else ''}" for n in module.learned]
         fixed = [f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in module.values.items() if n not in module.learned]

@@ -14,7 +14,10 @@ def main_plugins(argv: list[str]) -> int:
     """``toolkit plugins list``: every plugin, where it comes from, what it provides, and its state."""
     from toolkit.console import console, print_rows
 
-    parser = Parser("toolkit plugins", description="Plugins provide activations, measures, dataset layouts, face detectors, engines and commands.")
+    parser = Parser(
+        "toolkit plugins",
+        description="Plugins provide activations, measures, dataset layouts, face detectors, engines and commands.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="what is installed, where it comes from, what it provides, and its state")
     parser.parse_args(argv)
@@ -30,16 +33,20 @@ def main_plugins(argv: list[str]) -> int:
         loaded.mapping(hook)
     rows = []
     for info in loaded.infos.values():
-        state = info.state if not info.reason else f"{info.state}: {info.reason}"
         provides = "; ".join(f"{hook.removeprefix('toolkit_')}: {', '.join(names)}" for hook, names in info.provides.items())
-        rows.append((info.name, f"{info.distribution} {info.version}", state, provides or "-", info.location or "-"))
+        rows.append((info.name, f"{info.distribution} {info.version}", info.state, provides or "-", info.location or "-"))
     print_rows("plugins", ("name", "distribution", "state", "provides", "loaded from"), rows)
+    for info in loaded.infos.values():
+        if info.reason:
+            console.print(f"{info.name} is {info.state}: {info.reason}", markup=False)
     declarations = []
     for provider, names in found.providers.items():
         for name, activation in names.items():
             if name != activation.name:
                 continue
-            parameters = ", ".join(f"{k}={p.default:g}" if isinstance(p.default, float) else f"{k}={p.default}" for k, p in activation.parameters.items())
+            parameters = ", ".join(
+                f"{k}={p.default:g}" if isinstance(p.default, float) else f"{k}={p.default}" for k, p in activation.parameters.items()
+            )
             also = ", ".join(activation.aliases)
             declarations.append((f"{provider}/{name}" + (f" (also {also})" if also else ""), parameters or "-", activation.reference))
     print_rows("activations", ("activation", "parameters", "reference"), declarations)
@@ -65,7 +72,14 @@ def main_layers(argv: list[str]) -> int:
     for title, (network, example) in networks.items():
         traced = find_sites(network, example)
         rows = [
-            (s.name, s.activation, s.provider, s.parameters or "-", "x".join(map(str, s.shape[1:])) if s.shape else "not reached", s.fused)
+            (
+                s.name,
+                s.activation,
+                s.provider,
+                s.parameters or "-",
+                "x".join(map(str, s.shape[1:])) if s.shape else "not reached",
+                s.fused,
+            )
             for s in traced.sites.values()
         ]
         print_rows(title, ("site", "activation", "provider", "parameters", "input", "fused with"), rows)
@@ -112,13 +126,13 @@ def _from_config(path: Path) -> dict[str, tuple[Any, Any]]:
         gan = GAN(**model)
         return {n: (network, network.example()) for n, network in (("generator", gan.generator), ("discriminator", gan.discriminator))}
     detector = Detector(**{"classes": ["real", "fake"], **model})
-    size = detector.hparams.image_size
+    size = detector.options.image_size
     network = detector.net
-    width = network.head["fc"].in_features  # type: ignore[union-attr, operator]
+    width = network.head["fc"].in_features
     tables = {"head": (torch.nn.Sequential(_named(network.head)), torch.zeros(2, int(width)))}  # type: ignore[arg-type]
     if not isinstance(network.backbone, torch.nn.Identity):
         tables = {"backbone": (network.backbone, torch.zeros(2, 3, size, size)), **tables}  # type: ignore[dict-item]
-    return tables  # type: ignore[return-value]
+    return tables
 
 
 def _named(modules: Any) -> Any:

@@ -157,13 +157,10 @@ class Activation:
         known = ", ".join(self.parameters) or "none"
         for name in [key for key, _ in spec.parameters] + list(spec.learn or ()):
             if name not in self.parameters:
-                raise UserError(
-                    f"activation {self.name!r} has no parameter {name!r} (it has: {known}).{closest(name, self.parameters)}"
-                )
+                raise UserError(f"activation {self.name!r} has no parameter {name!r} (it has: {known}).{closest(name, self.parameters)}")
         given = dict(spec.parameters)
         values = {
-            name: parameter.check(given.get(name, parameter.default), f"{self.name}: {name}")
-            for name, parameter in self.parameters.items()
+            name: parameter.check(given.get(name, parameter.default), f"{self.name}: {name}") for name, parameter in self.parameters.items()
         }
         learned = spec.learn if spec.learn is not None else tuple(n for n, p in self.parameters.items() if p.learn)
         for name in learned:

@@ -97,10 +97,10 @@ class ActivationHealth(pl.Callback):
         for site, measures in self._measured.items():
             for measure, value in measures.items():
                 self.history.append((step, site, measure, value))
-        pl_module.log_dict(
-            {f"health/{site}/{m}": v for site, measures in self._measured.items() for m, v in measures.items()},
-            on_step=True, on_epoch=False, batch_size=1,
-        )  # fmt: skip
+        values = {f"health/{site}/{m}": v for site, measures in self._measured.items() for m, v in measures.items()}
+        # Straight to the loggers: these steps are not those at which the trainer writes what was logged.
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
 
 
 def _gradient_norm(measured: dict[str, float]) -> Callable[[Tensor], None]:

@@ -36,6 +36,11 @@ class Face:
         return (self.x + self.width / 2, self.y + self.height / 2)
 
 
+def _face(box: np.ndarray, score: float) -> Face:
+    x, y, width, height = (float(v) for v in box)
+    return Face(x, y, width, height, float(score))
+
+
 FaceDetector = Callable[[np.ndarray], list[Face]]
 
 
@@ -87,7 +92,7 @@ class YuNet:
         found = self._detector.detect(small)[1]
         if found is None:
             return []
-        boxes = [Face(*(float(v) / scale for v in row[:4]), score=float(row[-1])) for row in found]
+        boxes = [_face(row[:4] / scale, row[-1]) for row in found]
         return sorted(boxes, key=lambda f: -f.score)
 
 
@@ -96,7 +101,7 @@ class Haar:
 
     def __init__(self, model: Path | None = None, size: int = 2 * DETECTION_SIZE) -> None:
         self.size = size
-        file = Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"
+        file = Path(cv2.__file__).parent / "data" / "haarcascade_frontalface_default.xml"
         self._cascade = cv2.CascadeClassifier(str(file))
 
     def __call__(self, frame: np.ndarray) -> list[Face]:
@@ -107,10 +112,7 @@ class Haar:
         boxes, _, weights = self._cascade.detectMultiScale3(
             grey, scaleFactor=1.1, minNeighbors=5, minSize=(least, least), outputRejectLevels=True
         )
-        faces = [
-            Face(*(float(v) / scale for v in box), score=float(1 / (1 + np.exp(-w))))
-            for box, w in zip(boxes, np.ravel(weights), strict=True)
-        ]
+        faces = [_face(np.asarray(box) / scale, 1 / (1 + np.exp(-w))) for box, w in zip(boxes, np.ravel(weights), strict=True)]
         return sorted(faces, key=lambda f: -f.score)
 
 

@@ -24,12 +24,21 @@ def split_of(place: int, count: int) -> str:
 def fake_table(clips: Sequence[np.ndarray], method: str, name: str) -> pd.DataFrame:
     """Manifest rows for ``clips``; every clip is a video and an identity of its own, so splits cannot share one."""
     rows = [
-        {"frame": f"frames/{place:04d}/{index:06d}.png", "video": f"generated/{name}/{place:04d}", "identity": f"{name}/{place:04d}",
-         "label": "fake", "method": method, "source": name, "split": split_of(place, len(clips)), "index": index,
-         "time_s": round(index / FPS, 4), "box": f"0 0 {clip.shape[2]} {clip.shape[1]}"}
+        {
+            "frame": f"frames/{place:04d}/{index:06d}.png",
+            "video": f"generated/{name}/{place:04d}",
+            "identity": f"{name}/{place:04d}",
+            "label": "fake",
+            "method": method,
+            "source": name,
+            "split": split_of(place, len(clips)),
+            "index": index,
+            "time_s": round(index / FPS, 4),
+            "box": f"0 0 {clip.shape[2]} {clip.shape[1]}",
+        }
         for place, clip in enumerate(clips)
         for index in range(len(clip))
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows)[list(COLUMNS)]
 
 

@@ -111,15 +111,19 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 class Batches(Sampler[list[int]]):
-    """Batches of indices whose order depends on the seed and the epoch alone, not on workers or on interruptions.
+    """Batches of indices whose order depends on the seed and the number of batches seen, not on workers or interruptions.
 
-    Under ``torch.distributed`` every process takes its own part of each batch, so the total batch stays ``batch_size``.
+    Each iteration is one epoch: a new order of all items, the last incomplete batch left out. Under ``torch.distributed``
+    every process takes its own part of each batch, so the total batch stays ``batch_size``.
 
     Args:
-        weights: one positive number per item: drawn with replacement in proportion to it. None: a permutation.
         count: number of items.
         batch_size: total batch over all processes.
         seed: of the order.
+        weights: one positive number per item: drawn with replacement in proportion to it. None: a permutation.
+
+    Raises:
+        UserError: there are fewer items than one batch.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, weights: np.ndarray | None = None) -> None:
@@ -127,18 +131,21 @@ class Batches(Sampler[list[int]]):
             raise UserError(f"there are only {count} training frames, fewer than one batch of {batch_size}: lower batch_size")
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.weights = None if weights is None else weights / weights.sum()
-        self.epoch = 0
-        self.skip = 0  # batches of the first epoch that a resumed run has seen already
+        self.epoch_flag = torch.zeros(1, dtype=torch.int64).share_memory_()  # loader workers see it through shared memory
+        self._next = (0, 0)
 
     def __len__(self) -> int:
         return self.count // self.batch_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
+    def start_at(self, batch: int) -> None:
+        """Let the next iteration begin with batch number ``batch``, counted from the start of the training."""
+        self._next = divmod(batch, len(self))
 
     def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng([self.seed, self.epoch])
+        # A generator: nothing here happens before the first batch is asked for, so an iterator made in vain skips nothing.
+        (epoch, first), self._next = self._next, (self._next[0] + 1, 0)
+        self.epoch_flag.fill_(epoch)
+        rng = np.random.default_rng([self.seed, epoch])
         if self.weights is None:
             order = rng.permutation(self.count)
         else:
@@ -146,7 +153,6 @@ class Batches(Sampler[list[int]]):
         world, rank = 1, 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        first, self.skip = self.skip, 0
         for batch in range(first, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield indices[rank::world].tolist()
@@ -174,7 +180,7 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.images, self.rows, self.columns = images, rows, columns or {}
         self.transform, self.seed = transform, seed
-        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers see the epoch through shared memory
+        self.epoch_flag = torch.zeros(1, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -185,7 +191,7 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
     def __getitems__(self, items: Sequence[int]) -> dict[str, Tensor]:
         images = self.images[self.rows[list(items)]]
         if self.transform is not None:
-            epoch = int(self.epoch)
+            epoch = int(self.epoch_flag)
             generators = (np.random.default_rng([self.seed, epoch, int(i), place]) for place, i in enumerate(items))
             images = np.stack([self.transform(image, rng) for image, rng in zip(images, generators, strict=True)])
         batch = {key: torch.from_numpy(np.ascontiguousarray(value[list(items)])) for key, value in self.columns.items()}
@@ -199,7 +205,6 @@ def _as_is(batch: Any) -> Any:
 def loader(dataset: ArrayDataset, batches: Batches | None, *, batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:
     """A DataLoader over ``batches``, or over everything once and in order when that is None."""
     if batches is not None:
-        return DataLoader(
-            dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, persistent_workers=workers > 0
-        )
+        dataset.epoch_flag = batches.epoch_flag
+        return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, persistent_workers=workers > 0)
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=_as_is)

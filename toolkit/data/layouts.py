@@ -111,7 +111,13 @@ def _faceforensics_item(path: Path, method: str, compression: str, label: str, s
     known = {splits[p] for p in people_ids if p in splits}
     split = known.pop() if len(known) == 1 else ""
     return VideoItem(
-        path, video, IDENTITY_SEPARATOR.join(people_ids), label, "real" if label == "real" else method, people_ids[0], split
+        path,
+        video,
+        IDENTITY_SEPARATOR.join(people_ids),
+        label,
+        "real" if label == "real" else method,
+        people_ids[0],
+        split,
     )
 
 
@@ -135,9 +141,7 @@ def celebdf(source: Path) -> Listing:
             original = f"{ids[0]}_{path.stem.rsplit('_', 1)[-1]}" if len(ids) == 2 else path.stem
             split = "test" if f"{folder}/{path.name}" in test else ""
             method = "real" if label == "real" else "Celeb-synthesis"
-            listing.items.append(
-                VideoItem(path, f"celebdf/{folder}/{path.stem}", identity, label, method, original, split)
-            )
+            listing.items.append(VideoItem(path, f"celebdf/{folder}/{path.stem}", identity, label, method, original, split))
     return listing
 
 

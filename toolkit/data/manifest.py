@@ -43,7 +43,10 @@ class Manifest:
         if path.is_dir():
             path = path / "manifest.csv"
         try:
-            table = pd.read_csv(path, dtype=dict.fromkeys(("frame", "video", "identity", "label", "method", "source", "split", "box"), str))
+            table = pd.read_csv(
+                path,
+                dtype=dict.fromkeys(("frame", "video", "identity", "label", "method", "source", "split", "box"), str),
+            )
         except FileNotFoundError as error:
             raise UserError(f"{path} is not there; make it with `toolkit data prepare` or `toolkit data puppets`") from error
         except (ValueError, OSError, UnicodeDecodeError) as error:
@@ -184,7 +187,7 @@ def assign_splits(
         taken = {fixed[person] for person in group if person in fixed}
         if taken:
             side.update({person: fixed.get(person, sorted(taken)[0]) for person in group})
-    np.random.default_rng(seed).shuffle(free)  # type: ignore[arg-type]
+    np.random.default_rng(seed).shuffle(free)
     side.update(_fill(free, ratios, side))
     kept, dropped = [], {}
     for item in items:

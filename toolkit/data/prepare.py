@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -143,7 +142,11 @@ def prepare_video(item: VideoItem, out: Path, settings: Settings, model: Path | 
 
 
 def _store_run(
-    run: list[tuple[int, float, np.ndarray, Face]], item: VideoItem, out: Path, settings: Settings, record: dict[str, Any]
+    run: list[tuple[int, float, np.ndarray, Face]],
+    item: VideoItem,
+    out: Path,
+    settings: Settings,
+    record: dict[str, Any],
 ) -> None:
     """Crop a run of consecutive frames with one box, the median of its faces: a box that trembles would read as motion."""
     middle = Face(*np.median([[f.x, f.y, f.width, f.height, f.score] for *_, f in run], axis=0).tolist())
@@ -160,7 +163,12 @@ def _store_run(
                 raise VideoError("its crop cannot be written as PNG")
             data.tofile(temporary)
         record["rows"].append(
-            {"frame": name, "index": index, "time_s": round(time_s, 4), "box": " ".join(str(v) for v in (*box[:2], box[2], box[2]))}
+            {
+                "frame": name,
+                "index": index,
+                "time_s": round(time_s, 4),
+                "box": " ".join(str(v) for v in (*box[:2], box[2], box[2])),
+            }
         )
 
 
@@ -229,7 +237,10 @@ def prepare(
     manifest = Manifest(out, table)
     manifest.check()
     manifest.save()
-    write_json(out / "prepare.json", {"layout": layout, "settings": asdict(settings), "failures": failures, "remarks": listing.remarks})
+    write_json(
+        out / "prepare.json",
+        {"layout": layout, "settings": asdict(settings), "failures": failures, "remarks": listing.remarks},
+    )
     return manifest, failures, listing.remarks
 
 
@@ -300,12 +311,20 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--faces", default="auto", help="yunet, haar, none, or a plugin's; auto takes yunet if its model is there")
     sub.add_argument("--face-model", type=Path, help="the face detector's model file (yunet: face_detection_yunet*.onnx)")
     sub.add_argument("--frames", type=int, default=32, help="frames from each video, spread evenly (default %(default)s)")
-    sub.add_argument("--window", type=int, default=1, help="take them as runs of this many consecutive frames (default %(default)s); "
-                     "motion can only be measured on runs")  # fmt: skip
+    sub.add_argument(
+        "--window",
+        type=int,
+        default=1,
+        help="take them as runs of this many consecutive frames (default %(default)s); motion can only be measured on runs",
+    )
     sub.add_argument("--size", type=int, default=128, help="side of the stored crops in pixels (default %(default)s)")
     sub.add_argument("--margin", type=float, default=0.3, help="how much larger than the face the crop is (default %(default)s)")
-    sub.add_argument("--split", choices=("official", "identity"), default="official",
-                     help="use the dataset's split files where present, or split by identity alone (default %(default)s)")  # fmt: skip
+    sub.add_argument(
+        "--split",
+        choices=("official", "identity"),
+        default="official",
+        help="use the dataset's split files where present, or split by identity alone (default %(default)s)",
+    )
     sub.add_argument("--ratios", default="train=0.6,val=0.2,test=0.2", help="share of identities (default %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="shuffle of the identities (default %(default)s)")
     sub.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
@@ -331,9 +350,17 @@ def main(argv: list[str]) -> int:
         console.print("face detector: haar (yunet finds more faces, but its model file was not found; see --face-model)")
     settings = Settings(faces, args.frames, args.window, args.size, args.margin)
     manifest, failures, remarks = prepare(
-        args.source, args.out, args.layout, settings, model=args.face_model, ratios=parse_ratios(args.ratios),
-        official=args.split == "official", seed=args.seed, workers=args.workers, limit=args.limit,
-    )  # fmt: skip
+        args.source,
+        args.out,
+        args.layout,
+        settings,
+        model=args.face_model,
+        ratios=parse_ratios(args.ratios),
+        official=args.split == "official",
+        seed=args.seed,
+        workers=args.workers,
+        limit=args.limit,
+    )
     for remark in remarks:
         console.print(f"note: {remark}")
     print_table("frames", manifest.summary())

@@ -72,15 +72,26 @@ def make_identity(seed: int) -> Identity:
     skin = colorsys.hsv_to_rgb(u(0.04, 0.09), 0.25 + 0.4 * tone, 0.97 - 0.55 * tone)
     hair = colorsys.hsv_to_rgb(u(0.03, 0.13), u(0.2, 0.8), u(0.08, 0.75))
     return Identity(
-        skin=skin, hair=hair,
+        skin=skin,
+        hair=hair,
         iris=colorsys.hsv_to_rgb(u(0.05, 0.65), u(0.3, 0.8), u(0.25, 0.6)),
         shirt=colorsys.hsv_to_rgb(u(0, 1), u(0.1, 0.7), u(0.2, 0.9)),
         background=colorsys.hsv_to_rgb(u(0, 1), u(0.02, 0.35), u(0.25, 0.9)),
-        face_width=u(0.25, 0.31), face_height=u(0.33, 0.40), jaw=u(0.55, 0.95), eye_distance=u(0.105, 0.145),
-        eye_size=u(0.040, 0.056), brow_height=u(0.055, 0.085), brow_slant=u(-0.02, 0.02), nose=u(0.07, 0.12),
-        mouth_width=u(0.08, 0.13), lip=u(0.010, 0.022), fringe=u(0.35, 0.75), hair_length=u(0.0, 1.0),
-        glasses=bool(u() < 0.2), beard=float(max(0.0, u(-1.2, 0.6))),
-    )  # fmt: skip
+        face_width=u(0.25, 0.31),
+        face_height=u(0.33, 0.40),
+        jaw=u(0.55, 0.95),
+        eye_distance=u(0.105, 0.145),
+        eye_size=u(0.040, 0.056),
+        brow_height=u(0.055, 0.085),
+        brow_slant=u(-0.02, 0.02),
+        nose=u(0.07, 0.12),
+        mouth_width=u(0.08, 0.13),
+        lip=u(0.010, 0.022),
+        fringe=u(0.35, 0.75),
+        hair_length=u(0.0, 1.0),
+        glasses=bool(u() < 0.2),
+        beard=float(max(0.0, u(-1.2, 0.6))),
+    )
 
 
 def make_motion(frames: int, seed: int) -> list[State]:
@@ -147,13 +158,22 @@ def render(identity: Identity, state: State, size: int) -> np.ndarray:
         """Turn a point of the frontal face by yaw and pitch on an ellipsoid; returns its place and its width factor."""
         around = np.arcsin(np.clip(x / who.face_width, -0.95, 0.95)) + state.yaw
         up = np.arcsin(np.clip(y / who.face_height, -0.95, 0.95)) + state.pitch
-        return who.face_width * float(np.sin(around)), who.face_height * float(np.sin(up)), float(max(0.15, np.cos(around)))
+        return (
+            who.face_width * float(np.sin(around)),
+            who.face_height * float(np.sin(up)),
+            float(max(0.15, np.cos(around))),
+        )
 
     skin = np.asarray(who.skin)
     hair = np.asarray(who.hair)
     shift = 0.25 * state.yaw * who.face_width
     canvas.polygon(np.array([[-0.42, 0.52], [-0.27, 0.36], [-0.08, 0.33], [0.08, 0.33], [0.27, 0.36], [0.42, 0.52]]), who.shirt)
-    canvas.polygon(turn(_ellipse(-0.4 * shift, -0.04 + 0.18 * who.hair_length, who.face_width * 1.22, who.face_height * (1.08 + 0.25 * who.hair_length))), hair * 0.8)  # fmt: skip
+    canvas.polygon(
+        turn(
+            _ellipse(-0.4 * shift, -0.04 + 0.18 * who.hair_length, who.face_width * 1.22, who.face_height * (1.08 + 0.25 * who.hair_length))
+        ),
+        hair * 0.8,
+    )
     canvas.polygon(np.array([[-0.09, 0.2], [0.09, 0.2], [0.1, 0.37], [0.0, 0.42], [-0.1, 0.37]]), skin * 0.82)
     for side in (-1, 1):
         ear = side * who.face_width * (1 - 0.25 * max(0.0, side * state.yaw))
@@ -178,7 +198,16 @@ def render(identity: Identity, state: State, size: int) -> np.ndarray:
         canvas.polygon(turn(_ellipse(x, y - ry, rx * 1.05, 0.008)), skin * 0.45)
         bx, by, _ = on_face(side * who.eye_distance, -0.06 - who.brow_height)
         half, slant = who.eye_size * 1.3 * narrow, side * who.brow_slant
-        brow = np.array([[bx - half, by + slant], [bx, by - 0.012], [bx + half, by - slant], [bx + half, by - slant + 0.014], [bx, by + 0.006], [bx - half, by + slant + 0.014]])  # fmt: skip
+        brow = np.array(
+            [
+                [bx - half, by + slant],
+                [bx, by - 0.012],
+                [bx + half, by - slant],
+                [bx + half, by - slant + 0.014],
+                [bx, by + 0.006],
+                [bx - half, by + slant + 0.014],
+            ]
+        )
         canvas.polygon(turn(brow), hair * 0.7)
         if who.glasses:
             ring = _ellipse(x, y, who.eye_size * 1.55 * narrow, who.eye_size * 1.3)
@@ -187,7 +216,20 @@ def render(identity: Identity, state: State, size: int) -> np.ndarray:
     bridge_x, bridge_y, _ = on_face(0.0, -0.03)
     tip_x, tip_y, _ = on_face(0.0, who.nose * 0.75)
     tip_x += 0.12 * state.yaw * who.nose * 2
-    canvas.polygon(turn(np.array([[bridge_x - 0.012, bridge_y], [bridge_x + 0.012, bridge_y], [tip_x + 0.035, tip_y], [tip_x, tip_y + 0.02], [tip_x - 0.035, tip_y]])), skin * 0.86)  # fmt: skip
+    canvas.polygon(
+        turn(
+            np.array(
+                [
+                    [bridge_x - 0.012, bridge_y],
+                    [bridge_x + 0.012, bridge_y],
+                    [tip_x + 0.035, tip_y],
+                    [tip_x, tip_y + 0.02],
+                    [tip_x - 0.035, tip_y],
+                ]
+            )
+        ),
+        skin * 0.86,
+    )
     canvas.polygon(turn(_ellipse(tip_x, tip_y - 0.004, 0.02, 0.016)), np.minimum(skin * 1.1, 1))
     mx, my, narrow = on_face(0.0, 0.19)
     width = who.mouth_width * narrow * (1 - 0.25 * state.mouth)
@@ -215,9 +257,7 @@ def _shade(pixels: np.ndarray, light: float, size: int) -> np.ndarray:
     return shaded
 
 
-def make_puppets(
-    out: Path, *, identities: int = 40, clips: int = 2, frames: int = 48, size: int = 64, seed: int = 0
-) -> Manifest:
+def make_puppets(out: Path, *, identities: int = 40, clips: int = 2, frames: int = 48, size: int = 64, seed: int = 0) -> Manifest:
     """Render a dataset of real clips, split by identity; a finished one with the same arguments is left as it is.
 
     Args:
@@ -236,7 +276,12 @@ def make_puppets(
     from toolkit.console import console
     from toolkit.files import read_json, write_json
 
-    for name, value, least in (("identities", identities, 3), ("clips", clips, 1), ("frames", frames, 1), ("size", size, 16)):
+    for name, value, least in (
+        ("identities", identities, 3),
+        ("clips", clips, 1),
+        ("frames", frames, 1),
+        ("size", size, 16),
+    ):
         if value < least:
             raise UserError(f"--{name} must be at least {least}, not {value}")
     arguments = {"identities": identities, "clips": clips, "frames": frames, "size": size, "seed": seed}
@@ -258,10 +303,20 @@ def make_puppets(
             with atomic(out / name) as temporary:
                 cv2.imwrite(str(temporary), cv2.cvtColor(render(who, state, size), cv2.COLOR_RGB2BGR))
             rows.append(
-                {"frame": name, "video": item.video, "identity": item.identity, "label": "real", "method": "real",
-                 "source": item.source, "split": item.split, "index": index, "time_s": round(index / FPS, 4),
-                 "box": f"0 0 {size} {size}", **{t: round(getattr(state, t), 5) for t in TARGETS}}
-            )  # fmt: skip
+                {
+                    "frame": name,
+                    "video": item.video,
+                    "identity": item.identity,
+                    "label": "real",
+                    "method": "real",
+                    "source": item.source,
+                    "split": item.split,
+                    "index": index,
+                    "time_s": round(index / FPS, 4),
+                    "box": f"0 0 {size} {size}",
+                    **{t: round(getattr(state, t), 5) for t in TARGETS},
+                }
+            )
     manifest = Manifest(out, pd.DataFrame(rows)[[*COLUMNS, *TARGETS]])
     manifest.check()
     manifest.save()
@@ -283,9 +338,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``toolkit data puppets``."""
     from toolkit.console import console, print_table
 
-    manifest = make_puppets(
-        args.out, identities=args.identities, clips=args.clips, frames=args.frames, size=args.size, seed=args.seed
-    )
+    manifest = make_puppets(args.out, identities=args.identities, clips=args.clips, frames=args.frames, size=args.size, seed=args.seed)
     print_table("frames", manifest.summary())
     console.print(f"manifest: {manifest.root / 'manifest.csv'}")
     return 0

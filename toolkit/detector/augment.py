@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -35,7 +36,8 @@ def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     ok, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
     if not ok:
         raise RuntimeError("OpenCV could not encode a JPEG")
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+    decoded: Any = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    return decoded[..., ::-1]
 
 
 def shrink_and_enlarge(image: np.ndarray, factor: float) -> np.ndarray:

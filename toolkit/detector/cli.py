@@ -19,13 +19,15 @@ commands:
 
 def fit_or_test(argv: list[str]) -> None:
     """Run LightningCLI with these arguments (``fit ...`` or ``test ...``)."""
-    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
     from toolkit.activations.health import ActivationHealth
     from toolkit.detector.data import DetectorData
     from toolkit.detector.module import Detector
     from toolkit.files import atomic
-    from toolkit.training import DivergenceGuard, History, RunFolder, SaveConfig, ToolkitCLI
+    from toolkit.training import History, RunFolder, SaveConfig, ToolkitCLI, quiet
+
+    quiet()
 
     class DetectorCLI(ToolkitCLI):
         kind = "detector"
@@ -38,11 +40,18 @@ def fit_or_test(argv: list[str]) -> None:
             parser.add_lightning_class_args(ActivationHealth, "health")
             parser.add_lightning_class_args(EarlyStopping, "early_stopping")
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-            parser.set_defaults({
-                "checkpoint.monitor": "val/loss", "checkpoint.mode": "min", "checkpoint.save_last": True,
-                "checkpoint.filename": "best", "checkpoint.auto_insert_metric_name": False,
-                "early_stopping.monitor": "val/loss", "early_stopping.patience": 8, "early_stopping.strict": False,
-            })  # fmt: skip
+            parser.set_defaults(
+                {
+                    "checkpoint.monitor": "val/loss",
+                    "checkpoint.mode": "min",
+                    "checkpoint.save_last": True,
+                    "checkpoint.filename": "best",
+                    "checkpoint.auto_insert_metric_name": False,
+                    "early_stopping.monitor": "val/loss",
+                    "early_stopping.patience": 8,
+                    "early_stopping.strict": False,
+                }
+            )
 
         def before_instantiate_classes(self) -> None:
             super().before_instantiate_classes()
@@ -73,7 +82,7 @@ def fit_or_test(argv: list[str]) -> None:
             "val_check_interval": 100,
             "log_every_n_steps": 20,
             "enable_model_summary": False,
-            "callbacks": [DivergenceGuard(), History(), RunFolder(), RichProgressBar(leave=True)],
+            "callbacks": [History(), RunFolder()],
         },
     )
 

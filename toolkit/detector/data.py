@@ -97,7 +97,9 @@ class DetectorData(pl.LightningDataModule):
             missing = ({"real", "fake"} - labels).pop()
             raise UserError(f"the training split has no {missing} frames; add a manifest that has (see `toolkit gan sample --manifest`)")
         if self.target and self.target not in frames.table.columns:
-            raise UserError(f"the manifest has no column {self.target!r} for the target; it has {', '.join(map(str, frames.table.columns))}")
+            raise UserError(
+                f"the manifest has no column {self.target!r} for the target; it has {', '.join(map(str, frames.table.columns))}"
+            )
         self.frames = frames
         methods = sorted(set(frames.table["method"][frames.table["label"] == "fake"]))
         self.classes = ["real", *methods]
@@ -118,10 +120,12 @@ class DetectorData(pl.LightningDataModule):
         target = part.table[self.target].to_numpy(np.float32) if self.target else np.zeros(len(part), np.float32)
         columns = {
             "fake": (part.table["label"] == "fake").to_numpy(np.int64),
-            "method": np.array([code[m] if label == "fake" else 0 for m, label in zip(part.table["method"], part.table["label"], strict=True)]),
+            "method": np.array(
+                [code[m] if label == "fake" else 0 for m, label in zip(part.table["method"], part.table["label"], strict=True)]
+            ),
             "target": target,
             "item": np.arange(len(part)),
-        }  # fmt: skip
+        }
         return ArrayDataset(part.images, part.rows(), columns, augmenter(self.augmentations) if train else None, self.seed)
 
     def train_dataloader(self) -> Any:
@@ -133,9 +137,7 @@ class DetectorData(pl.LightningDataModule):
             fakes = method.nunique() - 1
             weights = np.where(method == "", share, share / max(1, fakes)).astype(np.float64)
         batches = start_after_interruption(self, Batches(len(part), self.batch_size, self.seed, weights))
-        dataset = self.dataset(part, train=True)
-        dataset.epoch.fill_(batches.epoch)
-        return loader(dataset, batches, workers=self.workers)
+        return loader(self.dataset(part, train=True), batches, workers=self.workers)
 
     def val_dataloader(self) -> Any:
         part = self.part("val")

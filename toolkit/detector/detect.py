@@ -202,8 +202,8 @@ def detect_video(
         VideoError: the file cannot be decoded.
     """
     margin = float(detector.preprocessing.get("margin", MARGIN))
-    threshold = float(detector.threshold)  # type: ignore[arg-type]
-    size = int(detector.hparams.image_size)
+    threshold = float(detector.threshold)
+    size = int(detector.options.image_size)
     total = with_face = 0
     mass = 0.0
     with VideoReader(path) as reader, atomic(out / f"{path.stem}.csv") as table:
@@ -256,7 +256,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/detect"), help="folder for the results (default %(default)s)")
     parser.add_argument("--faces", help="face detector (default: the one the training data was prepared with, or auto)")
     parser.add_argument("--face-model", type=Path, help="the face detector's model file")
-    parser.add_argument("--every", type=int, default=5, help="detect faces in one of this many frames and interpolate between (default %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--every", type=int, default=5, help="detect faces in one of this many frames and interpolate between (default %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="(default %(default)s)")
     parser.add_argument("--no-video", action="store_true", help="write no annotated video")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
@@ -279,7 +281,10 @@ def main(argv: list[str]) -> int:
         if args.faces:
             raise
         name, faces = face_detector("auto", args.face_model)
-        print(f"note: the training faces were found by {detector.preprocessing.get('faces')}, here it is {name}", file=sys.stderr)
+        print(
+            f"note: the training faces were found by {detector.preprocessing.get('faces')}, here it is {name}",
+            file=sys.stderr,
+        )
     return _run(args, detector, faces)
 
 
@@ -296,9 +301,15 @@ def _run(args: Any, detector: Detector, faces: FaceDetector) -> int:
             out = args.out / path.parent.name if stems.count(path.stem) > 1 else args.out
             try:
                 verdict = detect_video(
-                    path, out, detector, faces, every=args.every, batch_size=args.batch_size, annotate=not args.no_video,
+                    path,
+                    out,
+                    detector,
+                    faces,
+                    every=args.every,
+                    batch_size=args.batch_size,
+                    annotate=not args.no_video,
                     progress=lambda done, total, task=task: bar.update(task, completed=done, total=total or None),  # type: ignore[misc]
-                )  # fmt: skip
+                )
                 verdicts.append(replace(verdict, video=path.name))
             except VideoError as error:
                 failures.append((path, str(error)))

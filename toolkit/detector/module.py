@@ -19,7 +19,7 @@ from toolkit.data.frames import to_float
 from toolkit.detector.networks import DetectorNetwork, FrontEnd, Stem, classification_loss
 from toolkit.errors import UserError
 from toolkit.metrics.detection import Estimate, aggregate, balanced_threshold, threshold_measures, video_bootstrap
-from toolkit.training import load_checkpoint, load_weights, random_state, set_random_state, versions
+from toolkit.training import load_checkpoint, load_weights, random_state, require_finite, set_random_state, versions
 
 NETWORKS = ("backbone", "head")
 
@@ -46,6 +46,8 @@ class Detector(pl.LightningModule):
         seed: of the weights.
     """
 
+    threshold: Tensor
+
     def __init__(
         self,
         image_size: int = 64,
@@ -69,7 +71,6 @@ class Detector(pl.LightningModule):
         self.network: DetectorNetwork | None = None
         self.sites: dict[str, dict[str, str]] = {}
         self.preprocessing: dict[str, Any] = {}
-        self.last_losses: dict[str, Tensor] = {}
         self.register_buffer("threshold", torch.tensor(0.5))
         self._outputs: list[dict[str, Tensor]] = []
         self._resume_state: dict[str, Any] | None = None
@@ -82,12 +83,12 @@ class Detector(pl.LightningModule):
         from toolkit.activations.registry import registry
         from toolkit.activations.spec import ActivationSpec
 
-        rule = list((self.hparams.activations or {}).get("head", {}).values())[-1:] or ["sigmoid"]
+        rule = list((self.options.activations or {}).get("head", {}).values())[-1:] or ["sigmoid"]
         return registry().find(ActivationSpec.parse(rule[0]))[1].name == "softmax"
 
     def build(self) -> None:
         """Make the network; done as soon as the number of classes is known."""
-        h = self.hparams
+        h = self.options
         rules = dict(h.activations or {})
         outputs = len(h.classes) if self._is_softmax() else 1
         with torch.random.fork_rng(devices=[]):
@@ -98,7 +99,7 @@ class Detector(pl.LightningModule):
                 "backbone": apply_rules(self.network.backbone, rules.get("backbone", {}), example=image, prefer=h.prefer or ()),
                 "head": apply_rules(self.network.head, rules.get("head", {}), prefer=h.prefer or ()),
             }
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.to(memory_format=torch.channels_last)
         self.network.train()
         self.head_kind()
 
@@ -129,6 +130,7 @@ class Detector(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
+        self.configure_model()
         if data is not None and stage == "fit":
             self.preprocessing = dict(data.preprocessing)
             if self.head_kind() == "identity" and not data.target:
@@ -139,8 +141,13 @@ class Detector(pl.LightningModule):
         output = self.net(x).float()
         return 1 - output[:, 0] if self.head_kind() == "softmax" else output[:, 0]
 
+    @property
+    def options(self) -> Any:
+        """The arguments this was made with, as attributes and as a mapping; saved with every checkpoint."""
+        return self.hparams
+
     def configure_optimizers(self) -> Any:
-        h = self.hparams
+        h = self.options
         decay = [p for p in self.parameters() if p.dim() > 1]
         plain = [p for p in self.parameters() if p.dim() <= 1]
         groups = [{"params": decay, "weight_decay": h.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -156,10 +163,6 @@ class Detector(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_train_epoch_start(self) -> None:
-        dataset = self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
-        dataset.epoch.fill_(self.current_epoch)
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._resume_state is not None:
             set_random_state(self._resume_state)
@@ -168,7 +171,7 @@ class Detector(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits = self.net.logits(to_float(batch["image"]))
         loss = self._loss(logits, batch)
-        self.last_losses = {"loss/train": loss.detach()}
+        require_finite(self, "loss/train", loss, batch_idx)
         self.log("loss/train", loss, prog_bar=True, batch_size=len(logits))
         return loss
 
@@ -182,7 +185,11 @@ class Detector(pl.LightningModule):
         output = self.net.head["output"](logits).float()
         score = 1 - output[:, 0] if self.head_kind() == "softmax" else output[:, 0]
         known = batch["method"] < output.shape[1] if self.head_kind() == "softmax" else torch.ones_like(batch["fake"], dtype=torch.bool)
-        loss = self._loss(logits[known], {k: v[known] for k, v in batch.items() if k != "image"}) if known.any() else logits.new_tensor(float("nan"))
+        loss = (
+            self._loss(logits[known], {k: v[known] for k, v in batch.items() if k != "image"})
+            if known.any()
+            else logits.new_tensor(float("nan"))
+        )
         count = torch.full_like(score, float(loss))
         self._outputs.append({"item": batch["item"], "fake": batch["fake"], "target": batch["target"], "score": score, "loss": count})
 
@@ -215,7 +222,7 @@ class Detector(pl.LightningModule):
         fake = (table["label"] == "fake").to_numpy().astype(int)
         videos = aggregate(table["video"].tolist(), fake, table["score"].to_numpy())
         if 0 < fake.sum() < len(fake):
-            self.threshold.fill_(balanced_threshold(videos["label"].to_numpy(), videos["score"].to_numpy()))  # type: ignore[operator, union-attr]
+            self.threshold.fill_(balanced_threshold(videos["label"].to_numpy(), videos["score"].to_numpy()))
             from toolkit.metrics.detection import ranking_measures
 
             self.log("val/auc", float(ranking_measures(fake, table["score"].to_numpy())["auc"][0]), prog_bar=True)
@@ -234,21 +241,25 @@ class Detector(pl.LightningModule):
             error = table["score"] - table["target"]
             self.log_dict({"test/mae": float(error.abs().mean()), "test/rmse": float(np.sqrt((error**2).mean()))})
             return
-        self.estimates = summarise(table, float(self.threshold))  # type: ignore[arg-type]
+        self.estimates = summarise(table, float(self.threshold))
         self.log_dict({f"test/{name}": e.value for name, e in self.estimates.items()})
 
     def probe_networks(self) -> dict[str, tuple[nn.Module, Tensor]]:
         """The network with an input, for finding out where a value stopped being finite."""
-        size = self.hparams.image_size
+        size = self.options.image_size
         return {"detector": (self.net, torch.zeros(2, 3, size, size, device=self.device))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["toolkit"] = {
-            "kind": "detector", "version": toolkit.__version__, "versions": versions(), "sites": self.sites,
-            "preprocessing": self.preprocessing, "threshold": float(self.threshold),  # type: ignore[arg-type]
+            "kind": "detector",
+            "version": toolkit.__version__,
+            "versions": versions(),
+            "sites": self.sites,
+            "preprocessing": self.preprocessing,
+            "threshold": float(self.threshold),
             # Pretrained weights have done their work once there is a checkpoint.
-            "options": {**{k: v for k, v in self.hparams.items() if k != "_instantiator"}, "weights": None},
-        }  # fmt: skip
+            "options": {**{k: v for k, v in self.options.items() if k != "_instantiator"}, "weights": None},
+        }
         state = random_state()
         checkpoint["random_state"] = {"torch": state["torch"]}
 

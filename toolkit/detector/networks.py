@@ -72,7 +72,9 @@ def _dense_stem(backbone: nn.Module, name: str) -> None:
     """Take stride and pooling out of a backbone's stem, in place: small frames have no pixels to give away."""
     stem = getattr(backbone, "conv1", None) or getattr(backbone, "conv_stem", None)
     if stem is None:
-        raise UserError(f"stem: dense is known for ResNet- and EfficientNet-like backbones, ConvNeXt and ViT, not for {name}; use stem: model")
+        raise UserError(
+            f"stem: dense is known for ResNet- and EfficientNet-like backbones, ConvNeXt and ViT, not for {name}; use stem: model"
+        )
     for module in stem.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
@@ -130,14 +132,15 @@ def make_backbone(name: str, image_size: int, stem: Stem = "auto", weights: str 
 def _load_pretrained(backbone: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"weights {path} are not there")
+    loaded: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            loaded = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        state = loaded.get("state_dict", loaded)
         result = backbone.load_state_dict(state, strict=False)
     except Exception as error:
         # Loaders raise anything from KeyError to RuntimeError, depending on what the file really is.
@@ -158,9 +161,7 @@ class DetectorNetwork(nn.Module):
         weights: pretrained weights of the backbone.
     """
 
-    def __init__(
-        self, backbone: str, image_size: int, front_end: FrontEnd, stem: Stem, outputs: int, weights: str | None = None
-    ) -> None:
+    def __init__(self, backbone: str, image_size: int, front_end: FrontEnd, stem: Stem, outputs: int, weights: str | None = None) -> None:
         super().__init__()
         if (backbone == SPECTRUM) != (front_end == "spectrum"):
             raise UserError(f"front_end: spectrum and backbone: {SPECTRUM} go together")

@@ -21,13 +21,15 @@ commands:
 
 def fit_or_test(argv: list[str]) -> None:
     """Run LightningCLI with these arguments (``fit ...`` or ``test ...``)."""
-    from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+    from pytorch_lightning.callbacks import ModelCheckpoint
 
     from toolkit.activations.health import ActivationHealth
     from toolkit.gan.data import GANData
     from toolkit.gan.module import GAN
     from toolkit.gan.samples import Samples
-    from toolkit.training import DivergenceGuard, History, RunFolder, SaveConfig, ToolkitCLI
+    from toolkit.training import CollapseWatch, History, RunFolder, SaveConfig, ToolkitCLI, quiet
+
+    quiet()
 
     class GANCLI(ToolkitCLI):
         kind = "gan"
@@ -38,13 +40,18 @@ def fit_or_test(argv: list[str]) -> None:
             parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
             parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_seed)
             parser.add_lightning_class_args(ActivationHealth, "health")
-            parser.add_lightning_class_args(DivergenceGuard, "guard")
+            parser.add_lightning_class_args(CollapseWatch, "collapse")
             parser.add_lightning_class_args(Samples, "samples")
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-            parser.set_defaults({
-                "checkpoint.monitor": "val/frechet", "checkpoint.mode": "min", "checkpoint.save_last": True,
-                "checkpoint.filename": "best-{step}", "checkpoint.auto_insert_metric_name": False,
-            })  # fmt: skip
+            parser.set_defaults(
+                {
+                    "checkpoint.monitor": "val/frechet",
+                    "checkpoint.mode": "min",
+                    "checkpoint.save_last": True,
+                    "checkpoint.filename": "best-{step}",
+                    "checkpoint.auto_insert_metric_name": False,
+                }
+            )
 
         def before_instantiate_classes(self) -> None:
             super().before_instantiate_classes()
@@ -67,7 +74,7 @@ def fit_or_test(argv: list[str]) -> None:
             "val_check_interval": 500,
             "log_every_n_steps": 50,
             "enable_model_summary": False,
-            "callbacks": [History(), RunFolder(), RichProgressBar(leave=True)],
+            "callbacks": [History(), RunFolder()],
         },
     )
 
@@ -78,7 +85,10 @@ def _as_seed(value: Any) -> int:
 
 def sample(argv: list[str]) -> int:
     """``toolkit gan sample``: clips, a grid and, on request, frames with a manifest, from a checkpoint."""
-    parser = Parser("toolkit gan sample", description="Render looping latent-walk clips (WebM, VP9) and a grid from a GAN's checkpoint.")
+    parser = Parser(
+        "toolkit gan sample",
+        description="Render looping latent-walk clips (WebM, VP9) and a grid from a GAN's checkpoint.",
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path, help="folder for the clips")
     parser.add_argument("--clips", type=int, default=8, help="number of clips (default %(default)s)")
@@ -88,8 +98,9 @@ def sample(argv: list[str]) -> int:
     parser.add_argument("--fps", type=float, default=25.0, help="(default %(default)s)")
     parser.add_argument("--scale", type=int, default=4, help="enlarge the clips this many times (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the walks: the same for every generator (default %(default)s)")
-    parser.add_argument("--manifest", action="store_true", help="also write the frames as PNG with a manifest.csv (label fake), "
-                        "ready for a detector")  # fmt: skip
+    parser.add_argument(
+        "--manifest", action="store_true", help="also write the frames as PNG with a manifest.csv (label fake), ready for a detector"
+    )
     args = parser.parse_args(argv)
     for name, least in (("clips", 1), ("frames", 1), ("keyframes", 2), ("scale", 1)):
         if getattr(args, name) < least:

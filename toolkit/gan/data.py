@@ -26,11 +26,10 @@ def open_manifest(manifest: str | Path) -> Manifest:
 
 
 def start_after_interruption(module: pl.LightningDataModule, batches: Batches) -> Batches:
-    """Let a run that resumes in the middle of an epoch go on with the batch after the last one it saw."""
+    """Let a resumed run go on with the batch after the last one it saw, in the middle of an epoch too."""
     trainer = module.trainer
     if trainer is not None and trainer.training:
-        batches.epoch = trainer.current_epoch
-        batches.skip = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        batches.start_at(trainer.fit_loop.total_batch_idx + 1)
     return batches
 
 
@@ -58,14 +57,21 @@ class GANData(pl.LightningDataModule):
         validation_frames: int = 1024,
     ) -> None:
         super().__init__()
-        self.options = dict(manifest=manifest, image_size=image_size, batch_size=batch_size, seed=seed, workers=workers,
-                            identities=identities, validation_frames=validation_frames)  # fmt: skip
+        self.options: dict[str, Any] = {
+            "manifest": manifest,
+            "image_size": image_size,
+            "batch_size": batch_size,
+            "seed": seed,
+            "workers": workers,
+            "identities": identities,
+            "validation_frames": validation_frames,
+        }
         self.frames: FrameSet | None = None
 
     def setup(self, stage: str) -> None:
         if self.frames is not None:
             return
-        frames = load_frames(open_manifest(self.options["manifest"]), self.options["image_size"])  # type: ignore[arg-type]
+        frames = load_frames(open_manifest(self.options["manifest"]), self.options["image_size"])
         self.frames = frames.select(frames.table["label"] == "real")
         if not len(self.part("train")):
             raise UserError(f"{self.options['manifest']} has no real training frames (split train)")
@@ -76,24 +82,24 @@ class GANData(pl.LightningDataModule):
         table = self.frames.table
         keep = table["split"] == split
         if split == "train" and self.options["identities"] is not None:
-            unknown = set(self.options["identities"]) - set(table["identity"][keep])  # type: ignore[call-overload]
+            unknown = set(self.options["identities"]) - set(table["identity"][keep])
             if unknown:
                 raise UserError(f"identities not in the training split: {', '.join(sorted(unknown))}")
-            keep &= table["identity"].isin(self.options["identities"])  # type: ignore[arg-type]
+            keep &= table["identity"].isin(self.options["identities"])
         return self.frames.select(keep)
 
     def train_dataloader(self) -> Any:
         part = self.part("train")
-        batches = Batches(len(part), self.options["batch_size"], self.options["seed"])  # type: ignore[arg-type]
+        batches = Batches(len(part), self.options["batch_size"], self.options["seed"])
         dataset = ArrayDataset(part.images, part.rows())
-        return loader(dataset, start_after_interruption(self, batches), workers=self.options["workers"])  # type: ignore[arg-type]
+        return loader(dataset, start_after_interruption(self, batches), workers=self.options["workers"])
 
     def _evaluation(self, split: str) -> Any:
         part = self.part(split)
         if not len(part):
             return []
         rows = part.rows()
-        limit = int(self.options["validation_frames"])  # type: ignore[call-overload]
+        limit = int(self.options["validation_frames"])
         if len(rows) > limit:
             rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
         return loader(ArrayDataset(part.images, rows), None, batch_size=256)

@@ -20,7 +20,7 @@ from toolkit.data.frames import to_float, to_uint8
 from toolkit.errors import UserError
 from toolkit.gan.losses import LOSSES, LossName, gradient_penalty, r1_penalty
 from toolkit.gan.networks import Discriminator, Generator, Norm, Upsampling, initialise
-from toolkit.training import load_checkpoint, load_weights, versions
+from toolkit.training import load_checkpoint, load_weights, require_finite, versions
 
 NETWORKS = ("generator", "discriminator")
 NetworkRules = dict[str, dict[str, str | dict[str, Any]]]
@@ -62,6 +62,8 @@ class GAN(pl.LightningModule):
         validation_images: fakes made for a validation.
     """
 
+    batches_seen: Tensor
+
     def __init__(
         self,
         image_size: int = 64,
@@ -99,7 +101,11 @@ class GAN(pl.LightningModule):
             discriminator_norm = "none" if spectral_norm != "none" else "layer" if penalised else "batch"
         if discriminator_norm == "batch" and (loss == "wgan-gp" or r1_gamma > 0):
             raise UserError("discriminator_norm: batch mixes the samples that a gradient penalty looks at one by one; use layer")
-        for name, value, least in (("discriminator_steps", discriminator_steps, 1), ("r1_every", r1_every, 1), ("log_every", log_every, 1)):
+        for name, value, least in (
+            ("discriminator_steps", discriminator_steps, 1),
+            ("r1_every", r1_every, 1),
+            ("log_every", log_every, 1),
+        ):
             if value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}")
         self.automatic_optimization = False
@@ -107,9 +113,7 @@ class GAN(pl.LightningModule):
         self.hparams["discriminator_norm"] = discriminator_norm
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.generator = Generator(
-                image_size, latent, generator_width, upsampling, generator_norm, spectral_norm == "both"
-            )
+            self.generator = Generator(image_size, latent, generator_width, upsampling, generator_norm, spectral_norm == "both")
             self.discriminator = Discriminator(image_size, discriminator_width, discriminator_norm, spectral_norm != "none")
             self.sites = {
                 name: apply_rules(network, rules.get(name, {}), example=network.example(), prefer=prefer or ())
@@ -123,7 +127,7 @@ class GAN(pl.LightningModule):
             self.ema = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
         self._batches_seen = 0
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
         self.last_losses: dict[str, Tensor] = {}
         self._real_diversity: float | None = None
         self._features: list[np.ndarray] = []
@@ -141,8 +145,13 @@ class GAN(pl.LightningModule):
         """``(N, latent)`` -> ``(N, 3, size, size)`` in [-1, 1], by the averaged generator."""
         return self.sampler(z)
 
+    @property
+    def options(self) -> Any:
+        """The arguments this was made with, as attributes and as a mapping; saved with every checkpoint."""
+        return self.hparams
+
     def configure_optimizers(self) -> Any:
-        h = self.hparams
+        h = self.options
         fused = self.device.type in ("cpu", "cuda")
         betas = (h.beta1, h.beta2)
         rate = h.discriminator_learning_rate or h.learning_rate
@@ -153,11 +162,11 @@ class GAN(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         # global_step shall count generator updates, so the discriminator's steps are not reported to the trainer.
-        self._batches_seen = int(self.batches_seen)  # type: ignore[arg-type]
+        self._batches_seen = int(self.batches_seen)
 
     def _random(self, stream: int) -> torch.Generator:
         """A generator of its own for each step and purpose: what is drawn does not depend on the past."""
-        mixed = np.random.SeedSequence([int(self.hparams.seed), self._batches_seen, stream]).generate_state(1, np.uint64)[0]
+        mixed = np.random.SeedSequence([int(self.options.seed), self._batches_seen, stream]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(mixed) & 0x7FFF_FFFF_FFFF_FFFF)
 
     def _own_share(self, whole: Tensor) -> Tensor:
@@ -166,7 +175,7 @@ class GAN(pl.LightningModule):
         return part.to(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        h = self.hparams
+        h = self.options
         optimizer_g, optimizer_d = self.optimizers()  # type: ignore[attr-defined]
         optimizer_d._on_before_step = optimizer_d._on_after_step = lambda: None
         real = to_float(batch["image"])
@@ -180,6 +189,7 @@ class GAN(pl.LightningModule):
         with torch.set_grad_enabled(update_generator):
             fake = self.generator(z)
         loss_d = self._discriminator_loss(real, fake.detach())
+        require_finite(self, "loss/discriminator", loss_d, batch_idx)
         self._step(optimizer_d, loss_d, self.discriminator)
         self.last_losses = {"loss/discriminator": loss_d.detach()}
         if update_generator:
@@ -188,23 +198,24 @@ class GAN(pl.LightningModule):
             scores = self.discriminator(fake)
             with torch.autocast(self.device.type, enabled=False):
                 loss_g = self._loss.generator(scores.float())
+            require_finite(self, "loss/generator", loss_g, batch_idx)
             self._step(optimizer_g, loss_g, self.generator)
             self.discriminator.requires_grad_(True)
             self.last_losses["loss/generator"] = loss_g.detach()
             self._update_average()
         self._batches_seen += 1
-        self.batches_seen.fill_(self._batches_seen)  # type: ignore[operator, union-attr]
+        self.batches_seen.fill_(self._batches_seen)
         if self._batches_seen % h.log_every == 0:
-            self.log_dict(self.last_losses, prog_bar=True, batch_size=len(real))  # type: ignore[arg-type]
+            self.log_dict(self.last_losses, prog_bar=True, batch_size=len(real))
 
     def _discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        h = self.hparams
+        h = self.options
         scores_real, scores_fake = self.discriminator(real), self.discriminator(fake)
         with torch.autocast(self.device.type, enabled=False):
             loss = self._loss.discriminator(scores_real.float(), scores_fake.float())
             if h.loss == "wgan-gp":
-                torch.manual_seed(self._random(2).initial_seed())
-                loss = loss + h.penalty_weight * gradient_penalty(self.discriminator, real, fake.float())
+                mix = self._own_share(torch.rand(len(real) * self.trainer.world_size, generator=self._random(2)))
+                loss = loss + h.penalty_weight * gradient_penalty(self.discriminator, real, fake.float(), mix)
             if h.r1_gamma > 0 and self._batches_seen % h.r1_every == 0:
                 loss = loss + h.r1_every * h.r1_gamma / 2 * r1_penalty(self.discriminator, real)
         return loss
@@ -235,8 +246,8 @@ class GAN(pl.LightningModule):
     def _update_average(self) -> None:
         if self.ema is None:
             return
-        step = self.global_step + 1
-        decay = min(self.hparams.ema_decay, (1 + step) / (10 + step))
+        step = self.global_step  # this update included
+        decay = min(self.options.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.generator.parameters()], 1 - decay)
         for mean, value in zip(self.ema.buffers(), self.generator.buffers(), strict=True):
             mean.copy_(value)
@@ -258,7 +269,7 @@ class GAN(pl.LightningModule):
         from toolkit.metrics.features import extract, random_conv
 
         real = np.concatenate(self._features)
-        fake = extract(random_conv(), self.fixed_images(self.hparams.validation_images))
+        fake = extract(random_conv(), self.fixed_images(self.options.validation_images))
         self.log("val/frechet", frechet_distance(real, fake), prog_bar=True, rank_zero_only=True)
         self.log("val/kernel", kernel_distance(real, fake), rank_zero_only=True)
 
@@ -274,7 +285,7 @@ class GAN(pl.LightningModule):
         if not self._features:
             raise UserError("there are no real test frames (split test) to compare with")
         real = ClipSet([np.concatenate(self._features)])
-        fake = ClipSet([self.fixed_images(self.hparams.validation_images)])
+        fake = ClipSet([self.fixed_images(self.options.validation_images)])
         for measure in image_measures():
             self.log(f"test/{measure.name}", measure.function(real, fake), rank_zero_only=True)
 
@@ -282,7 +293,7 @@ class GAN(pl.LightningModule):
         """``count`` images as ``(count, size, size, 3)`` uint8, from the same latents for every model of one ``latent``."""
         from toolkit.gan.walks import render
 
-        latents = np.random.default_rng([seed, 0xF1D]).standard_normal((count, self.hparams.latent), dtype=np.float32)
+        latents = np.random.default_rng([seed, 0xF1D]).standard_normal((count, self.options.latent), dtype=np.float32)
         with torch.autocast(self.device.type, enabled=False):
             return render(self.sampler, latents)
 
@@ -292,22 +303,27 @@ class GAN(pl.LightningModule):
         if self._real_diversity is None:
             dataset = self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
             places = np.linspace(0, len(dataset) - 1, min(64, len(dataset))).round().astype(int)
-            self._real_diversity = _spread(dataset[0]["image"].numpy()[None] if len(dataset) < 2 else dataset.__getitems__(places)["image"].numpy())
+            self._real_diversity = _spread(
+                dataset[0]["image"].numpy()[None] if len(dataset) < 2 else dataset.__getitems__(places)["image"].numpy()
+            )
         return fake / max(self._real_diversity, 1e-6)
 
     def probe_networks(self) -> dict[str, tuple[nn.Module, Tensor]]:
         """Networks in order of computation, each with an input, for finding out where a value stopped being finite."""
-        z = torch.randn(4, self.hparams.latent, generator=torch.Generator().manual_seed(0)).to(self.device)
-        images = torch.zeros(4, 3, self.hparams.image_size, self.hparams.image_size, device=self.device)
+        z = torch.randn(4, self.options.latent, generator=torch.Generator().manual_seed(0)).to(self.device)
+        images = torch.zeros(4, 3, self.options.image_size, self.options.image_size, device=self.device)
         return {"generator": (self.generator, z), "discriminator": (self.discriminator, images)}
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["toolkit"] = {
-            "kind": "gan", "version": toolkit.__version__, "versions": versions(), "sites": self.sites,
-            "options": {k: v for k, v in self.hparams.items() if k != "_instantiator"},
-        }  # fmt: skip
+            "kind": "gan",
+            "version": toolkit.__version__,
+            "versions": versions(),
+            "sites": self.sites,
+            "options": {k: v for k, v in self.options.items() if k != "_instantiator"},
+        }
 
     @classmethod
     def from_checkpoint(cls, path: Path | str, prefer: list[str] | None = None) -> GAN:

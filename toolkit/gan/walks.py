@@ -15,9 +15,7 @@ from toolkit.errors import UserError
 Interpolation = Literal["spline", "slerp"]
 
 
-def latent_walk(
-    seed: int, frames: int, latent: int, *, keyframes: int = 4, interpolation: Interpolation = "spline"
-) -> np.ndarray:
+def latent_walk(seed: int, frames: int, latent: int, *, keyframes: int = 4, interpolation: Interpolation = "spline") -> np.ndarray:
     """A closed path through ``keyframes`` seeded latent vectors; frame ``frames`` would be frame 0 again.
 
     ``spline`` is a periodic cubic spline (smooth velocity), rescaled to the shell on which normal vectors lie;
@@ -90,6 +88,5 @@ def render_clips(
     """``clips`` looping clips, each ``(frames, size, size, 3)`` uint8 RGB."""
     latent = int(generator.latent)  # type: ignore[arg-type]
     return [
-        render(generator, latent_walk(s, frames, latent, keyframes=keyframes, interpolation=interpolation))
-        for s in clip_seeds(clips, seed)
+        render(generator, latent_walk(s, frames, latent, keyframes=keyframes, interpolation=interpolation)) for s in clip_seeds(clips, seed)
     ]

@@ -106,12 +106,12 @@ def estimate(measure: Measure, real: ClipSet, fake: ClipSet, *, resamples: int =
         groups = np.array_split(rng.permutation(len(fake)), 8)
         spread = np.array([measure.function(real, fake.resample(group)) for group in groups]) / np.sqrt(len(groups))
     else:
-        spread = np.array([
-            measure.function(
-                real.resample(rng.integers(0, len(real), len(real))), fake.resample(rng.integers(0, len(fake), len(fake)))
-            )
-            for _ in range(resamples)
-        ])  # fmt: skip
+        spread = np.array(
+            [
+                measure.function(real.resample(rng.integers(0, len(real), len(real))), fake.resample(rng.integers(0, len(fake), len(fake))))
+                for _ in range(resamples)
+            ]
+        )
     error = float(np.nanstd(spread, ddof=1))
     return Estimate(value, value - 1.96 * error, value + 1.96 * error, len(fake))
 
@@ -165,7 +165,13 @@ def toolkit_metrics() -> list[Measure]:
     space = f"{network.name} {features.network_hash(network)}"
     return [
         Measure("Fréchet distance", _frechet, space=space, reference="Heusel et al. 2017, in random features: not FID"),
-        Measure("kernel distance", _kernel, unit="x 1000", space=space, reference="Bińkowski et al. 2018, in random features: not KID"),
+        Measure(
+            "kernel distance",
+            _kernel,
+            unit="x 1000",
+            space=space,
+            reference="Bińkowski et al. 2018, in random features: not KID",
+        ),
         Measure("sliced Wasserstein", _sliced, unit="x 1000", interval="groups", reference="Karras et al. 2018"),
         Measure("spectrum distance", _spectrum, unit="dB", reference="Durall et al. 2020"),
         Measure("motion", _motion, better="real", on="clips", unit="grey levels per frame"),

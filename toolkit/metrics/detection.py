@@ -107,7 +107,13 @@ def aggregate(videos: Sequence[str], labels: np.ndarray, scores: np.ndarray) -> 
 
 
 def video_bootstrap(
-    videos: Sequence[str], labels: np.ndarray, scores: np.ndarray, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    videos: Sequence[str],
+    labels: np.ndarray,
+    scores: np.ndarray,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> dict[str, Estimate]:
     """Frame- and video-level AUC, AP and EER with percentile intervals from resampling videos.
 

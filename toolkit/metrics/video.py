@@ -67,5 +67,3 @@ def warping_error(clip: np.ndarray) -> float:
             difference = np.abs(frames[t].astype(np.float32) - _sample(frames[t + 1], forward).astype(np.float32)).mean(-1)
             errors.append(float(difference[visible].mean()))
     return float(np.mean(errors)) if errors else float("nan")
-
-

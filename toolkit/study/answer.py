@@ -132,14 +132,13 @@ def answer(table: pd.DataFrame) -> list[str]:
         ratio = spread_ratio(quality)
         if np.isfinite(ratio):
             lines.append(
-                f"Activations against chance. The generators' mean {QUALITY} varies {ratio:.1f} times as much between activations as between "
-                "seeds of one activation."
+                f"Activations against chance. The mean {QUALITY} varies {ratio:.1f} times as much between activations as between seeds "
+                "of one activation."
             )
     detection = own_detection(table)
     if comparison := compare(detection, "frame AUC"):
         lines.append(
-            "Detection. For detectors tested on the generator they were trained on: "
-            + sentence(comparison, "hardest to detect", "easiest")
+            "Detection. For detectors tested on the generator they were trained on: " + sentence(comparison, "hardest to detect", "easiest")
         )
     matrix = table[(table["metric"] == DETECTABILITY) & ~table["trained_on"].isin(["", CONTROL])]
     if not matrix.empty:
@@ -158,6 +157,10 @@ def answer(table: pd.DataFrame) -> list[str]:
         lines.append(
             f"Control. A detector trained on real people against other real people reaches a frame AUC of {interval((mean, low, high, n))} "
             f"on {videos} test videos; chance is 0.5. "
-            + ("It does not stand apart from chance." if chance else "In at least one seed it stands apart from chance: treat the detection figures with care.")
+            + (
+                "It does not stand apart from chance."
+                if chance
+                else "In at least one seed it stands apart from chance: treat the detection figures with care."
+            )
         )
     return lines

@@ -29,7 +29,7 @@ from toolkit.gan.walks import render_clips
 from toolkit.metrics import ClipSet, all_measures, estimate
 from toolkit.pictures import grid, png, tile_clips
 from toolkit.study.spec import CONTROL, Cell, Study
-from toolkit.training import DivergenceGuard, Diverged, History, load_checkpoint, versions
+from toolkit.training import CollapseWatch, Diverged, History, load_checkpoint, versions
 
 SHOWN_CLIPS = 6
 # Without a version counter a resumed run overwrites a best.ckpt that its own interrupted part left behind.
@@ -67,11 +67,20 @@ def run_cell(study: Study, cell: Cell) -> dict[str, Any]:
 
 def _trainer(folder: Path, options: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
     return pl.Trainer(
-        max_steps=options["max_steps"], max_epochs=-1, precision=options["precision"], default_root_dir=folder, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        check_val_every_n_epoch=None, val_check_interval=max(1, options["max_steps"] // options["validations"]),
-        log_every_n_steps=max(1, options["max_steps"] // 60), callbacks=[*callbacks, _Progress(folder)],
-    )  # fmt: skip
+        max_steps=options["max_steps"],
+        max_epochs=-1,
+        precision=options["precision"],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=max(1, options["max_steps"] // options["validations"]),
+        log_every_n_steps=max(1, options["max_steps"] // 60),
+        callbacks=[*callbacks, _Progress(folder)],
+    )
 
 
 def _resume_from(folder: Path, kind: str) -> str | None:
@@ -106,7 +115,15 @@ def _measure(real_images: ClipSet, real_clips: ClipSet, images: ClipSet, clips: 
             # A measure may come from anyone's plugin; it must not cost the training its other results.
             print(f"measure {measure.name!r} failed: {type(error).__name__}: {error}")
             continue
-        rows.append({"metric": measure.name, "unit": measure.unit, "better": measure.better, "space": measure.space, **asdict(figure)})
+        rows.append(
+            {
+                "metric": measure.name,
+                "unit": measure.unit,
+                "better": measure.better,
+                "space": measure.space,
+                **asdict(figure),
+            }
+        )
     return rows
 
 
@@ -151,13 +168,18 @@ def _run_gan(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     training = options["training"]
     module = GAN(**options["model"], seed=cell.seed, log_every=max(1, training["max_steps"] // 60), validation_images=512)
     data = GANData(
-        "", options["data"]["image_size"], training["batch_size"], cell.seed, identities=options["data"]["gan"], validation_frames=512
+        "",
+        options["data"]["image_size"],
+        training["batch_size"],
+        cell.seed,
+        identities=options["data"]["gan"],
+        validation_frames=512,
     )
     data.frames, _ = _real_parts(study, options)
     history, health = History(), ActivationHealth(max(1, training["max_steps"] // 20))
-    guard = DivergenceGuard(collapse_every=max(1, training["max_steps"] // training["validations"]))
+    collapse = CollapseWatch(max(1, training["max_steps"] // training["validations"]))
     keep = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/frechet", save_last=True, **_KEEP)
-    trainer = _trainer(folder, training, [history, health, guard, keep])
+    trainer = _trainer(folder, training, [history, health, collapse, keep])
     status, message = "done", ""
     try:
         trainer.fit(module, data, ckpt_path=_resume_from(folder, "gan"))
@@ -165,10 +187,15 @@ def _run_gan(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
         status, message = "diverged", str(error)
         print(message)
     result: dict[str, Any] = {
-        "status": status, "message": message, "parameters": sum(p.numel() for p in module.generator.parameters()),
-        "collapsed_at": guard.collapsed_at, "sites": module.sites,
-        "curves": history.rows, "health": health.history, "measures": [],
-    }  # fmt: skip
+        "status": status,
+        "message": message,
+        "parameters": sum(p.numel() for p in module.generator.parameters()),
+        "collapsed_at": collapse.collapsed_at,
+        "sites": module.sites,
+        "curves": history.rows,
+        "health": health.history,
+        "measures": [],
+    }
     if status == "diverged":
         return result
     module.eval()
@@ -232,14 +259,17 @@ def _run_detector(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
             if fakes is not None:
                 tests[label] = join_frames([part.select(part.table["split"] == "test") for part in (real, fakes)])
     data = DetectorData.from_frames(
-        joined, image_size=options["data"]["image_size"], batch_size=training["batch_size"], seed=cell.seed,
+        joined,
+        image_size=options["data"]["image_size"],
+        batch_size=training["batch_size"],
+        seed=cell.seed,
         augmentations=Augmentations(**training["augmentations"]),
-    )  # fmt: skip
+    )
     model = {"image_size": options["data"]["image_size"], **training["model"]}
     module = Detector(**model, seed=cell.seed)
     history = History()
     keep = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/loss", save_last=True, **_KEEP)
-    trainer = _trainer(folder, training, [history, DivergenceGuard(), keep])
+    trainer = _trainer(folder, training, [history, keep])
     try:
         trainer.fit(module, data, ckpt_path=_resume_from(folder, "detector"))
     except Diverged as error:
@@ -248,13 +278,19 @@ def _run_detector(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     results, predictions = [], []
     for label, part in tests.items():
         table = part.table[["video", "label", "method", "index"]].assign(score=_predict(best, part))
-        figures = summarise(table, float(best.threshold))  # type: ignore[arg-type]
+        figures = summarise(table, float(best.threshold))
         results.append({"tested_on": label, "measures": [{"metric": name, **asdict(e)} for name, e in figures.items()]})
         predictions.append(table.assign(tested_on=label))
     with atomic(folder / "predictions.parquet") as temporary:
         pd.concat(predictions, ignore_index=True).to_parquet(temporary)
     videos = {c: int(joined.table.loc[joined.table["split"] == c, "video"].nunique()) for c in ("train", "val", "test")}
-    return {"status": "done", "threshold": float(best.threshold), "tests": results, "curves": history.rows, "videos": videos}  # type: ignore[arg-type]
+    return {
+        "status": "done",
+        "threshold": float(best.threshold),
+        "tests": results,
+        "curves": history.rows,
+        "videos": videos,
+    }
 
 
 @torch.inference_mode()

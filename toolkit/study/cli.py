@@ -23,7 +23,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
-        ("run", "run the cells that are not done, then write the report; the same command continues after an interruption"),
+        (
+            "run",
+            "run the cells that are not done, then write the report; the same command continues after an interruption",
+        ),
         ("status", "what is done, running, failed and to do"),
         ("report", "write results.parquet and report.html from the cells that are done"),
     ):

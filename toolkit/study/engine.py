@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +86,11 @@ def _attempt(study: Study, cell: Cell) -> None:
     from toolkit.study.cells import run_cell
 
     folder = study.path(cell)
-    with open(folder / "log.txt", "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        open(folder / "log.txt", "a", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         try:
             run_cell(study, cell)
         except Exception as error:
@@ -97,11 +100,9 @@ def _attempt(study: Study, cell: Cell) -> None:
 
 
 def _worker(study: Study, threads: int) -> None:
-    import logging
+    from toolkit.training import quiet
 
-    warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
         work(study, threads)
@@ -151,7 +152,10 @@ def local(study: Study, workers: int) -> None:
             for process in processes:
                 process.join()
         if died := [p.exitcode for p in processes if p.exitcode not in (0, None)]:
-            print(f"warning: {len(died)} worker(s) ended with status {died[0]}; run the study again to continue", file=sys.stderr)
+            print(
+                f"warning: {len(died)} worker(s) ended with status {died[0]}; run the study again to continue",
+                file=sys.stderr,
+            )
     failed = [c for c in cells if has_failed(study, c)]
     if failed:
         first = read_json(study.path(failed[0]) / "error.json")["error"]

@@ -14,8 +14,34 @@ from toolkit.study.spec import CONTROL, REAL
 from toolkit.study.table import over_seeds
 
 # Okabe & Ito's palette, told apart with any colour vision; then shades for larger grids.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6BB1", "#B2A400", "#7F7F7F", "#A65628", "#4DAF4A", "#F781BF")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "hexagon", "pentagon", "bowtie", "hourglass")
+PALETTE = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#D55E00",
+    "#56B4E9",
+    "#8C6BB1",
+    "#B2A400",
+    "#7F7F7F",
+    "#A65628",
+    "#4DAF4A",
+    "#F781BF",
+)
+SYMBOLS = (
+    "circle",
+    "square",
+    "diamond",
+    "triangle-up",
+    "triangle-down",
+    "cross",
+    "x",
+    "star",
+    "hexagon",
+    "pentagon",
+    "bowtie",
+    "hourglass",
+)
 
 
 def colours(labels: list[str]) -> dict[str, str]:
@@ -30,9 +56,14 @@ def _rgba(colour: str, alpha: float) -> str:
 
 def _layout(figure: go.Figure, height: int, **keywords: Any) -> go.Figure:
     figure.update_layout(
-        height=height, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin={"l": 60, "r": 20, "t": 40, "b": 55},
-        font={"family": "system-ui, sans-serif", "size": 13}, hoverlabel={"font": {"family": "system-ui, sans-serif"}}, **keywords,
-    )  # fmt: skip
+        height=height,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 60, "r": 20, "t": 40, "b": 55},
+        font={"family": "system-ui, sans-serif", "size": 13},
+        hoverlabel={"font": {"family": "system-ui, sans-serif"}},
+        **keywords,
+    )
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
     return figure
@@ -56,18 +87,31 @@ def quality_against_detectability(table: pd.DataFrame, labels: list[str]) -> go.
             continue
         symbol = SYMBOLS[i % len(SYMBOLS)]
         figure.add_scatter(
-            x=x[both].tolist(), y=y[both].tolist(), mode="markers", showlegend=False, legendgroup=label, hoverinfo="text",
-            text=[f"{label}, seed {s}" for s in both], marker={"color": _rgba(colour[label], 0.45), "size": 8, "symbol": symbol},
-        )  # fmt: skip
+            x=x[both].tolist(),
+            y=y[both].tolist(),
+            mode="markers",
+            showlegend=False,
+            legendgroup=label,
+            hoverinfo="text",
+            text=[f"{label}, seed {s}" for s in both],
+            marker={"color": _rgba(colour[label], 0.45), "size": 8, "symbol": symbol},
+        )
         figure.add_scatter(
-            x=[float(x[both].mean())], y=[float(y[both].mean())], mode="markers", name=label, legendgroup=label,
+            x=[float(x[both].mean())],
+            y=[float(y[both].mean())],
+            mode="markers",
+            name=label,
+            legendgroup=label,
             marker={"color": colour[label], "size": 16, "symbol": symbol, "line": {"width": 1, "color": "white"}},
             hovertemplate=f"{label}<br>{QUALITY} %{{x:.3g}}<br>frame AUC %{{y:.3f}}<extra>mean of {len(both)} seed(s)</extra>",
-        )  # fmt: skip
+        )
     floor = quality[quality["generator"] == REAL]["value"]
     if len(floor):
-        figure.add_vline(x=float(floor.mean()), line={"dash": "dot", "color": "#888"},
-                         annotation={"text": "other real people", "font": {"color": "#888"}, "textangle": -90, "yanchor": "top"})  # fmt: skip
+        figure.add_vline(
+            x=float(floor.mean()),
+            line={"dash": "dot", "color": "#888"},
+            annotation={"text": "other real people", "font": {"color": "#888"}, "textangle": -90, "yanchor": "top"},
+        )
     figure.add_hline(y=0.5, line={"dash": "dot", "color": "#888"}, annotation={"text": "chance", "font": {"color": "#888"}})
     figure.update_xaxes(title=f"{QUALITY} to real training frames (better to the left)")
     figure.update_yaxes(title="detector's frame AUC (harder to detect below)")
@@ -81,12 +125,22 @@ def transfer_matrix(matrix: pd.DataFrame, labels: list[str]) -> go.Figure:
     text = [["" if np.isnan(v) else f"{v:.2f}" for v in row] for row in values]
     figure = go.Figure(
         go.Heatmap(
-            z=values.tolist(), x=list(shown.columns), y=list(shown.index), text=text, texttemplate="%{text}", zmin=0.0, zmax=1.0, zmid=0.5,
-            colorscale=[[0, "#2166AC"], [0.5, "#F7F7F7"], [1, "#B2182B"]], colorbar={"title": {"text": "AUC"}, "thickness": 12},
-            textfont={"size": 12}, xgap=1, ygap=1,
+            z=values.tolist(),
+            x=list(shown.columns),
+            y=list(shown.index),
+            text=text,
+            texttemplate="%{text}",
+            zmin=0.0,
+            zmax=1.0,
+            zmid=0.5,
+            colorscale=[[0, "#2166AC"], [0.5, "#F7F7F7"], [1, "#B2182B"]],
+            colorbar={"title": {"text": "AUC"}, "thickness": 12},
+            textfont={"size": 12},
+            xgap=1,
+            ygap=1,
             hovertemplate="trained on %{y}<br>tested on %{x}<br>frame AUC %{z:.3f}<extra></extra>",
         )
-    )  # fmt: skip
+    )
     figure.update_xaxes(title="tested on fakes of", side="bottom", tickangle=-40)
     figure.update_yaxes(title="trained on fakes of", autorange="reversed")
     return _layout(figure, 180 + 44 * max(3, len(shown.index)))
@@ -98,9 +152,13 @@ def measures(table: pd.DataFrame, labels: list[str]) -> go.Figure:
     names = list(dict.fromkeys(rows["metric"]))
     columns = 2
     figure = make_subplots(
-        rows=-(-len(names) // columns), cols=columns, subplot_titles=[_title(rows, name) for name in names], shared_yaxes=True,
-        vertical_spacing=min(0.12, 0.35 / max(1, len(names) // columns)), horizontal_spacing=0.06,
-    )  # fmt: skip
+        rows=-(-len(names) // columns),
+        cols=columns,
+        subplot_titles=[_title(rows, name) for name in names],
+        shared_yaxes=True,
+        vertical_spacing=min(0.12, 0.35 / max(1, len(names) // columns)),
+        horizontal_spacing=0.06,
+    )
     colour = colours(labels)
     for place, name in enumerate(names):
         row, column = place // columns + 1, place % columns + 1
@@ -108,14 +166,26 @@ def measures(table: pd.DataFrame, labels: list[str]) -> go.Figure:
             values = rows[(rows["metric"] == name) & (rows["generator"] == label)]["value"]
             figure_ = over_seeds(values)
             figure.add_scatter(
-                x=[figure_[0]], y=[label], mode="markers", showlegend=False, row=row, col=column,
-                marker={"color": colour[label], "size": 10}, error_x={"type": "data", "array": [_error(figure_)], "thickness": 1.5},
+                x=[figure_[0]],
+                y=[label],
+                mode="markers",
+                showlegend=False,
+                row=row,
+                col=column,
+                marker={"color": colour[label], "size": 10},
+                error_x={"type": "data", "array": [_error(figure_)], "thickness": 1.5},
                 hovertemplate=f"{label}: %{{x:.4g}}<extra>mean of {figure_[3]} seed(s)</extra>",
-            )  # fmt: skip
+            )
             figure.add_scatter(
-                x=values.tolist(), y=[label] * len(values), mode="markers", showlegend=False, row=row, col=column, hoverinfo="skip",
+                x=values.tolist(),
+                y=[label] * len(values),
+                mode="markers",
+                showlegend=False,
+                row=row,
+                col=column,
+                hoverinfo="skip",
                 marker={"color": _rgba(colour[label], 0.5), "size": 6, "symbol": "line-ns-open"},
-            )  # fmt: skip
+            )
         # An interval of two seeds can be many times as wide as everything else: the points decide what is in view.
         points = rows[rows["metric"] == name]["value"].dropna().tolist()
         floor = table[(table["metric"] == name) & (table["generator"] == REAL)]["value"].dropna()
@@ -153,19 +223,36 @@ def learning_curves(cells: list[tuple[dict[str, Any], dict[str, Any]]], labels: 
         curve = pd.DataFrame(rows, columns=["step", "value"]).groupby("step")["value"].agg(["mean", "min", "max"])
         steps = curve.index.tolist()
         figure.add_scatter(
-            x=[*steps, *steps[::-1]], y=[*curve["max"], *curve["min"][::-1]], fill="toself", mode="lines", line={"width": 0},
-            fillcolor=_rgba(colour[label], 0.15), showlegend=False, legendgroup=label, hoverinfo="skip",
-        )  # fmt: skip
-        figure.add_scatter(x=steps, y=curve["mean"].tolist(), mode="lines+markers", name=label, legendgroup=label, line={"color": colour[label]})
+            x=[*steps, *steps[::-1]],
+            y=[*curve["max"], *curve["min"][::-1]],
+            fill="toself",
+            mode="lines",
+            line={"width": 0},
+            fillcolor=_rgba(colour[label], 0.15),
+            showlegend=False,
+            legendgroup=label,
+            hoverinfo="skip",
+        )
+        figure.add_scatter(
+            x=steps,
+            y=curve["mean"].tolist(),
+            mode="lines+markers",
+            name=label,
+            legendgroup=label,
+            line={"color": colour[label]},
+        )
     figure.update_xaxes(title="generator updates")
     figure.update_yaxes(title="Fréchet distance to validation frames", type="log")
     return _layout(figure, 420, legend={"orientation": "h", "y": -0.22})
 
 
 HEALTH = {
-    "gradient_norm": "gradient norm", "dead": "share of dead units", "dormant_0.025": "share of dormant units (tau 0.025)",
-    "dormant_0.1": "share of dormant units (tau 0.1)", "saturated": "share of saturated inputs",
-}  # fmt: skip
+    "gradient_norm": "gradient norm",
+    "dead": "share of dead units",
+    "dormant_0.025": "share of dormant units (tau 0.025)",
+    "dormant_0.1": "share of dormant units (tau 0.1)",
+    "saturated": "share of saturated inputs",
+}
 
 
 def health(cells: list[tuple[dict[str, Any], dict[str, Any]]], labels: list[str]) -> go.Figure | None:
@@ -189,13 +276,22 @@ def health(cells: list[tuple[dict[str, Any], dict[str, Any]]], labels: list[str]
         text = [["" if np.isnan(v) else f"{v:.2g}" for v in row] for row in values]
         bar = {"thickness": 12, "title": {"text": "log10" if name == "gradient_norm" else "share"}}
         figure.add_heatmap(
-            z=shown.tolist(), x=sites, y=labels, text=text, texttemplate="%{text}", visible=place == 0, colorscale="Viridis", colorbar=bar,
-            textfont={"size": 11}, zmin=None if name == "gradient_norm" else 0, zmax=None if name == "gradient_norm" else 1, xgap=1, ygap=1,
+            z=shown.tolist(),
+            x=sites,
+            y=labels,
+            text=text,
+            texttemplate="%{text}",
+            visible=place == 0,
+            colorscale="Viridis",
+            colorbar=bar,
+            textfont={"size": 11},
+            zmin=None if name == "gradient_norm" else 0,
+            zmax=None if name == "gradient_norm" else 1,
+            xgap=1,
+            ygap=1,
             hovertemplate="%{y}<br>%{x}<br>%{text}<extra></extra>",
-        )  # fmt: skip
-    buttons = [
-        {"label": HEALTH[name], "method": "restyle", "args": ["visible", [n == name for n in names]]} for name in names
-    ]
+        )
+    buttons = [{"label": HEALTH[name], "method": "restyle", "args": ["visible", [n == name for n in names]]} for name in names]
     figure.update_layout(updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 8}}])
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(tickangle=-40)
@@ -208,4 +304,13 @@ def robust_labels(table: pd.DataFrame, labels: list[str]) -> list[str]:
     return [label for label in labels if label in present]
 
 
-__all__ = ["DETECTABILITY", "colours", "health", "learning_curves", "measures", "quality_against_detectability", "robust_labels", "transfer_matrix"]
+__all__ = [
+    "DETECTABILITY",
+    "colours",
+    "health",
+    "learning_curves",
+    "measures",
+    "quality_against_detectability",
+    "robust_labels",
+    "transfer_matrix",
+]

@@ -112,11 +112,13 @@ def _clips(study: Study, cells: list[tuple[dict[str, Any], dict[str, Any]]], lab
         key = by_place.get(place)
         if key and (study.path(key) / "walk.webm").is_file():
             folder = study.path(key)
-            shown.append({
-                "label": "real people no GAN has seen" if place[0] == REAL else place[0],
-                "video": _data_url(folder / "walk.webm", "video/webm"),
-                "grid": _data_url(folder / "grid.png", "image/png"),
-            })  # fmt: skip
+            shown.append(
+                {
+                    "label": "real people no GAN has seen" if place[0] == REAL else place[0],
+                    "video": _data_url(folder / "walk.webm", "video/webm"),
+                    "grid": _data_url(folder / "grid.png", "image/png"),
+                }
+            )
     return shown
 
 
@@ -124,15 +126,21 @@ def _table_rows(table: pd.DataFrame) -> list[dict[str, str]]:
     rows = []
     for row in table.itertuples(index=False):
         what = row.generator or f"detector: {row.trained_on} on {row.tested_on}"
-        rows.append({
-            "what": str(what) if what != REAL else "real (floor)", "seed": str(row.seed), "metric": str(row.metric), "value": _number(row.value),
-            "interval": f"{_number(row.ci_low)} to {_number(row.ci_high)}" if np.isfinite(row.ci_low) else "–",
-            "n": str(row.n), "unit": str(row.unit),
-        })  # fmt: skip
+        rows.append(
+            {
+                "what": str(what) if what != REAL else "real (floor)",
+                "seed": str(row.seed),
+                "metric": str(row.metric),
+                "value": _number(row.value),
+                "interval": f"{_number(row.ci_low)} to {_number(row.ci_high)}" if np.isfinite(row.ci_low) else "–",
+                "n": str(row.n),
+                "unit": str(row.unit),
+            }
+        )
     return rows
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:
     if not np.isfinite(value):
         return "cannot be judged"
     return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
@@ -146,14 +154,20 @@ def _facts(study: Study, cells: list[tuple[dict[str, Any], dict[str, Any]]]) -> 
     seconds = sum(r["seconds"] for _, r in cells)
     spaces = sorted({m["space"] for _, r in cells for m in r.get("measures", []) if m.get("space")})
     return [
-        ("real data", f"{real['frame'].count()} frames of {real['video'].nunique()} videos, {real['identity'].nunique()} identities; "
-         f"fingerprint {study.manifest.fingerprint()}"),
-        ("identities", f"{len(gan)} train the GANs, {len(detector)} train the detectors, {size['val']} validate, {size['test']} test: all different people"),
+        (
+            "real data",
+            f"{real['frame'].count()} frames of {real['video'].nunique()} videos, {real['identity'].nunique()} identities; "
+            f"fingerprint {study.manifest.fingerprint()}",
+        ),
+        (
+            "identities",
+            f"{len(gan)} train the GANs, {len(detector)} train the detectors, {size['val']} validate, {size['test']} test; no one twice",
+        ),
         ("seeds", ", ".join(map(str, study.spec.seeds))),
         ("feature space", "; ".join(spaces) or "none"),
         ("computing time", f"{seconds / 60:.0f} minutes in {len(cells)} cells"),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
-    ]  # fmt: skip
+    ]
 
 
 def _spec_yaml(study: Study) -> str:

@@ -133,8 +133,13 @@ class StudySpec:
         for kind in self.upsampling:
             if kind not in ("transposed", "nearest", "bilinear", "zero"):
                 raise UserError(f"{path}: upsampling {kind!r} is not one of transposed, nearest, bilinear, zero")
-        least = {"gan.max_steps": self.gan.max_steps, "detector.max_steps": self.detector.max_steps, "clips.images": self.clips.images,
-                 "gan.validations": self.gan.validations, "detector.validations": self.detector.validations}  # fmt: skip
+        least = {
+            "gan.max_steps": self.gan.max_steps,
+            "detector.max_steps": self.detector.max_steps,
+            "clips.images": self.clips.images,
+            "gan.validations": self.gan.validations,
+            "detector.validations": self.detector.validations,
+        }
         for name, value in least.items():
             if value < 1:
                 raise UserError(f"{path}: {name} must be at least 1, not {value}")
@@ -153,9 +158,12 @@ class StudySpec:
             for kind in self.upsampling:
                 name = label if len(self.upsampling) == 1 else f"{label}, {kind}"
                 options = {
-                    **self.gan.model, "image_size": self.image_size, "upsampling": kind, "prefer": list(self.prefer),
+                    **self.gan.model,
+                    "image_size": self.image_size,
+                    "upsampling": kind,
+                    "prefer": list(self.prefer),
                     "activations": {"generator": self._canonical(rules), "discriminator": self._canonical(self.discriminator)},
-                }  # fmt: skip
+                }
                 points[name] = options
         return points
 
@@ -282,7 +290,12 @@ class Study:
     def _make_cells(self) -> list[Cell]:
         spec = self.spec
         gan_people, detector_people = self.identities()
-        data = {"fingerprint": self.manifest.fingerprint(), "gan": gan_people, "detector": detector_people, "image_size": spec.image_size}
+        data = {
+            "fingerprint": self.manifest.fingerprint(),
+            "gan": gan_people,
+            "detector": detector_people,
+            "image_size": spec.image_size,
+        }
         clips = dataclasses.asdict(spec.clips)
         cells = [Cell("real", REAL, 0, {"data": data, "clips": clips})]
         gan = {k: v for k, v in dataclasses.asdict(spec.gan).items() if k != "model"}

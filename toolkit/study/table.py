@@ -14,8 +14,19 @@ from toolkit.files import atomic, read_json
 from toolkit.study.spec import CONTROL, REAL, Study
 
 COLUMNS = (
-    "cell", "seed", "generator", "discriminator", "detector", "trained_on", "tested_on", "metric", "value", "ci_low", "ci_high", "n",
-)  # fmt: skip
+    "cell",
+    "seed",
+    "generator",
+    "discriminator",
+    "detector",
+    "trained_on",
+    "tested_on",
+    "metric",
+    "value",
+    "ci_low",
+    "ci_high",
+    "n",
+)
 
 
 def cell_results(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -43,10 +54,21 @@ def results_table(folder: Path | str, keys: set[str] | None = None) -> pd.DataFr
     for cell, result in cell_results(Path(folder)):
         if keys is not None and cell["key"] not in keys:
             continue
-        base = {"cell": cell["key"], "seed": cell["seed"], "generator": "", "discriminator": "", "detector": "", "trained_on": "", "tested_on": ""}
+        base = {
+            "cell": cell["key"],
+            "seed": cell["seed"],
+            "generator": "",
+            "discriminator": "",
+            "detector": "",
+            "trained_on": "",
+            "tested_on": "",
+        }
         if cell["kind"] == "detector":
             model = cell["options"]["training"]["model"]
-            base |= {"detector": f"{model.get('backbone', 'resnet18')}, {model.get('front_end', 'rgb')}", "trained_on": cell["label"]}
+            base |= {
+                "detector": f"{model.get('backbone', 'resnet18')}, {model.get('front_end', 'rgb')}",
+                "trained_on": cell["label"],
+            }
             for test in result["tests"]:
                 rows += [_row(base | {"tested_on": test["tested_on"]}, m) for m in test["measures"]]
             continue
@@ -59,9 +81,15 @@ def results_table(folder: Path | str, keys: set[str] | None = None) -> pd.DataFr
 
 def _row(base: dict[str, Any], measure: dict[str, Any]) -> dict[str, Any]:
     return {
-        **base, "metric": measure["metric"], "value": _number(measure["value"]), "ci_low": _number(measure["low"]),
-        "ci_high": _number(measure["high"]), "n": measure["n"], "unit": measure.get("unit", ""), "better": measure.get("better", "higher"),
-    }  # fmt: skip
+        **base,
+        "metric": measure["metric"],
+        "value": _number(measure["value"]),
+        "ci_low": _number(measure["low"]),
+        "ci_high": _number(measure["high"]),
+        "n": measure["n"],
+        "unit": measure.get("unit", ""),
+        "better": measure.get("better", "higher"),
+    }
 
 
 def _number(value: Any) -> float:
@@ -109,4 +137,14 @@ def detection_matrix(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     return rows.pivot_table(index="trained_on", columns="tested_on", values="value", aggfunc="mean", sort=False)
 
 
-__all__ = ["COLUMNS", "CONTROL", "REAL", "cell_results", "detection_matrix", "over_seeds", "paired_difference", "results_table", "write_table"]
+__all__ = [
+    "COLUMNS",
+    "CONTROL",
+    "REAL",
+    "cell_results",
+    "detection_matrix",
+    "over_seeds",
+    "paired_difference",
+    "results_table",
+    "write_table",
+]
