@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from toolkit.cli import Parser
 from toolkit.errors import UserError
 
+if TYPE_CHECKING:
+    from toolkit.gan.module import GAN
+
+WARM_UP = 3
+
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of computing a training step; ``step`` runs one and is called many times."""
+    """One way of computing a training step. ``run(seconds)`` repeats it that long: ``(steps, seconds they took)``."""
 
     name: str
-    step: Callable[[], None]
+    run: Callable[[float], tuple[int, float]]
+
+
+def repeat(step: Callable[[], None]) -> Callable[[float], tuple[int, float]]:
+    """A :class:`Variant`'s ``run`` from a function that computes one step."""
+
+    def run(seconds: float) -> tuple[int, float]:
+        for _ in range(WARM_UP):
+            step()
+        steps, start = 0, time.perf_counter()
+        while (spent := time.perf_counter() - start) < seconds or steps < 2:
+            step()
+            steps += 1
+        return steps, spent
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -45,15 +67,9 @@ def alternate(variants: list[Variant], images: int, rounds: int, seconds: float)
         One timing per variant; ``ratio`` is the median over rounds of its speed over the first variant's in that round.
     """
     speeds: dict[str, list[float]] = {v.name: [] for v in variants}
-    for variant in variants:
-        for _ in range(3):
-            variant.step()
     for _ in range(rounds):
         for variant in variants:
-            steps, start = 0, time.perf_counter()
-            while (spent := time.perf_counter() - start) < seconds or steps < 2:
-                variant.step()
-                steps += 1
+            steps, spent = variant.run(seconds)
             speeds[variant.name].append(images * steps / spent)
     base = speeds[variants[0].name]
     result = []
@@ -141,81 +157,141 @@ def dcgan_variants(image_size: int, width: int, batch_size: int) -> list[Variant
 
         return step
 
-    def own(precision: Literal["32-true", "bf16-mixed"]) -> Callable[[], None]:
-        return _toolkit_step(GAN(image_size, latent, width, width, ema_decay=0.0, flip=False), batch_size, precision)
+    def own(precision: Literal["32-true", "bf16-mixed"]) -> Callable[[float], tuple[int, float]]:
+        return _toolkit_loop(GAN(image_size, latent, width, width, ema_decay=0.0, flip=False), batch_size, precision)
 
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     variants = [
-        Variant("PyTorch example, fp32 NCHW", example()),
-        Variant("+ no gradients for D in G's step", example(freeze=True)),
-        Variant("+ fused Adam", example(freeze=True, fused=True)),
-        Variant("+ channels_last", example(freeze=True, fused=True, channels_last=True)),
+        Variant("PyTorch example, fp32 NCHW", repeat(example())),
+        Variant("+ no gradients for D in G's step", repeat(example(freeze=True))),
+        Variant("+ fused Adam", repeat(example(freeze=True, fused=True))),
+        Variant("+ channels_last", repeat(example(freeze=True, fused=True, channels_last=True))),
     ]
     if bf16:
-        variants.append(Variant("+ bf16 autocast", example(freeze=True, fused=True, channels_last=True, bf16=True)))
+        variants.append(Variant("+ bf16 autocast", repeat(example(freeze=True, fused=True, channels_last=True, bf16=True))))
     variants.append(Variant("toolkit, fp32", own("32-true")))
     if bf16:
         variants.append(Variant("toolkit, bf16", own("bf16-mixed")))
     return variants
 
 
-def _toolkit_step(module: object, batch_size: int, precision: Literal["32-true", "bf16-mixed"]) -> Callable[[], None]:
-    """The toolkit's training as its users run it, a step at a time: the Lightning loop, in a thread that waits between steps."""
-    import threading
-
+def _toolkit_loop(module: GAN, batch_size: int, precision: Literal["32-true", "bf16-mixed"]) -> Callable[[float], tuple[int, float]]:
+    """The toolkit's training as its users run it: the Lightning loop with data loading, probes and guards."""
     import numpy as np
     import pytorch_lightning as pl
 
     from toolkit.activations.health import ActivationHealth
     from toolkit.data.frames import ArrayDataset, Batches, loader
-    from toolkit.gan.module import GAN
     from toolkit.training import CollapseWatch, History, quiet
-
-    assert isinstance(module, GAN)
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
-    started = threading.Event()
-
-    class Gate(pl.Callback):
-        def on_train_batch_start(self, *_: object) -> None:
-            started.set()
-            go.acquire()
-
-        def on_train_batch_end(self, *_: object) -> None:
-            done.release()
 
     size = int(module.options.image_size)
     images = np.random.default_rng(0).integers(0, 256, (16 * batch_size, size, size, 3), dtype=np.uint8)
-    data = loader(ArrayDataset(images, np.arange(len(images))), Batches(len(images), batch_size, 0))
     quiet()
 
-    def fit() -> None:
+    class Clock(pl.Callback):
+        def __init__(self, seconds: float) -> None:
+            self.seconds, self.batches, self.steps, self.start, self.spent = seconds, 0, 0, 0.0, 0.0
+
+        def on_train_batch_end(self, *_: object) -> None:
+            self.batches += 1
+            if self.batches == WARM_UP:
+                self.start = time.perf_counter()
+            elif self.batches > WARM_UP:
+                self.steps, self.spent = self.steps + 1, time.perf_counter() - self.start
+                if self.spent >= self.seconds and self.steps >= 2:
+                    raise _Enough
+
+    def run(seconds: float) -> tuple[int, float]:
+        clock = Clock(seconds)
+        data = loader(ArrayDataset(images, np.arange(len(images))), Batches(len(images), batch_size, 0))
         trainer = pl.Trainer(
             max_epochs=-1,
             max_steps=-1,
             precision=precision,
+            limit_val_batches=0,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            callbacks=[ActivationHealth(), CollapseWatch(), History(), Gate()],
+            callbacks=[ActivationHealth(), CollapseWatch(), History(), clock],
         )
-        trainer.fit(module, data)
+        with contextlib.suppress(_Enough):
+            trainer.fit(module, data)
+        return clock.steps, clock.spent
 
-    # A daemon: it waits at the gate for ever once nobody asks for steps.
-    threading.Thread(target=fit, daemon=True).start()
-    if not started.wait(120):
-        raise RuntimeError("the training loop did not start")
+    return run
 
-    def step() -> None:
-        go.release()
-        done.acquire()
 
-    return step
+class _Enough(BaseException):
+    """Ends a training loop that has run long enough; not an ``Exception``, which Lightning would report."""
+
+
+def detect_speeds(video: Path, checkpoint: Path, face_model: Path | None, rounds: int) -> dict[str, list[float]]:
+    """Frames per second of decoding alone, of the network alone, and of ``toolkit detect`` without an annotated video.
+
+    Args:
+        video: a clip with a face.
+        checkpoint: of a detector.
+        face_model: the face detector's model file.
+        rounds: the three are measured in turns this often.
+    """
+    import tempfile
+
+    import torch
+
+    from toolkit.data.faces import face_detector
+    from toolkit.data.video import VideoReader
+    from toolkit.detector.detect import detect_video
+    from toolkit.detector.module import Detector
+
+    detector = Detector.from_checkpoint(checkpoint)
+    _, faces = face_detector("auto", face_model)
+    size = int(detector.options.image_size)
+    with VideoReader(video) as reader:
+        frames = sum(1 for _ in reader)
+    batch = torch.randn(32, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+    def decode() -> None:
+        with VideoReader(video) as reader:
+            for _ in reader:
+                pass
+
+    def network() -> None:
+        with torch.inference_mode():
+            for start in range(0, frames, 32):
+                detector(batch[: min(32, frames - start)])
+
+    def whole() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            detect_video(video, Path(folder), detector, faces, annotate=False)
+
+    speeds: dict[str, list[float]] = {"decoding alone": [], "network alone": [], "toolkit detect": []}
+    for work in (decode, network, whole):
+        work()
+    for _ in range(rounds):
+        for name, work in zip(speeds, (decode, network, whole), strict=True):
+            start = time.perf_counter()
+            work()
+            speeds[name].append(frames / (time.perf_counter() - start))
+    return speeds
+
+
+def _bench_detect(args: argparse.Namespace) -> None:
+    from toolkit.console import print_rows
+
+    speeds = detect_speeds(args.video, args.checkpoint, args.face_model, args.rounds)
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    slower = min(medians["decoding alone"], medians["network alone"])
+    print_rows(
+        f"{args.video.name}, without an annotated video",
+        ("what", "frames/s", "lowest to highest", "ratio to the slower of the two alone"),
+        [(n, f"{medians[n]:.0f}", f"{min(v):.0f} to {max(v):.0f}", f"{medians[n] / slower:.2f}") for n, v in speeds.items()],
+    )
 
 
 def main(argv: list[str]) -> int:
-    """``toolkit bench step``."""
+    """``toolkit bench step`` and ``toolkit bench detect``."""
     parser = Parser("toolkit bench", description="Speed, measured side by side in one run; noise is real, so look at the ratios.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sub = commands.add_parser(
@@ -230,7 +306,19 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--rounds", type=int, default=7, help="rounds over all variants (default %(default)s)")
     sub.add_argument("--seconds", type=float, default=3.0, help="per variant and round (default %(default)s)")
     sub.add_argument("--csv", type=Path, help="write the figures to this file")
+    detect = commands.add_parser(
+        "detect",
+        help="`toolkit detect` against decoding alone and the network alone",
+        description="Frames per second of `toolkit detect` on a clip, beside decoding alone and the network alone, in turns.",
+    )
+    detect.add_argument("video", type=Path)
+    detect.add_argument("--checkpoint", type=Path, required=True)
+    detect.add_argument("--face-model", type=Path)
+    detect.add_argument("--rounds", type=int, default=5, help="(default %(default)s)")
     args = parser.parse_args(argv)
+    if args.command == "detect":
+        _bench_detect(args)
+        return 0
     if len(args.sizes) != len(args.widths):
         raise UserError("--sizes and --widths need the same number of values")
     if min(args.rounds, args.batch_size) < 1 or args.seconds <= 0:

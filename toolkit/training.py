@@ -29,7 +29,9 @@ from toolkit.activations.assign import site_modules
 from toolkit.activations.health import ActivationHealth
 from toolkit.console import console
 from toolkit.errors import UserError
-from toolkit.files import write_text
+from toolkit.files import write_json, write_text
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("deepfake-toolkit", "torch", "torchvision", "timm", "pytorch-lightning", "opencv-python", "triton", "numpy")
 
@@ -294,6 +296,8 @@ def quiet() -> None:
         ".*no pre-optimization state was saved",  # a checkpoint is meant to hold the state after the step
         ".*is not supported by the model summary",
         ".*treespec, LeafSpec",
+        "You defined a `validation_step` but have no",  # nothing to validate on is the user's choice
+        ".*smaller than the logging interval",  # what is logged is kept by History and RunFolder too
         ".*Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -346,6 +350,8 @@ class ToolkitCLI(LightningCLI):
         if not config.out:
             named = [Path(str(p)).stem for p in config.get("config") or []]
             config.out = str(Path("runs") / self.kind / (named[-1] if named else "default"))
+        # A checkpoint may come from anyone: load tensors and plain values, never code.
+        config.weights_only = True
         if not config.trainer.default_root_dir:
             config.trainer.default_root_dir = config.out
 
@@ -360,7 +366,8 @@ class SaveConfig(SaveConfigCallback):
 
 
 class RunFolder(pl.Callback):
-    """Writes ``history.csv`` (and ``health.csv``) into the run's folder at every validation and at the end."""
+    """Writes ``history.csv`` (and ``health.csv``) into the run's folder at every validation and at the end, and at the
+    start ``sites.json``: the activation of every site with its provider."""
 
     def _write(self, trainer: pl.Trainer) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking:
@@ -373,6 +380,13 @@ class RunFolder(pl.Callback):
             elif isinstance(callback, ActivationHealth):
                 lines = ["step,site,measure,value", *(f"{s},{site},{m},{v!r}" for s, site, m, v in callback.history)]
                 write_text(folder / "health.csv", "\n".join(lines) + "\n")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            write_json(Path(trainer.default_root_dir) / "sites.json", pl_module.sites)
+            for network, sites in pl_module.sites.items():
+                for name, activation in sites.items():
+                    log.info("%s %s: %s", network, name, activation)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write(trainer)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +27,15 @@ from toolkit.gan.networks import Generator, Project
 from toolkit.gan.walks import latent_walk, render_clips
 from toolkit.training import CollapseWatch, Diverged, History
 
+QUIET: dict[str, Any] = {
+    "max_epochs": -1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "enable_checkpointing": False,
+}
 TINY = {"image_size": 32, "latent": 16, "generator_width": 4, "discriminator_width": 4}
 
 
@@ -172,34 +184,60 @@ def test_average_of_the_generator(puppets: Manifest, tmp_path: Path) -> None:
 
 
 def test_same_seed_same_weights_and_resumed_equals_uninterrupted(puppets: Manifest, tmp_path: Path) -> None:
-    def train(steps: int, **keywords: object) -> tuple[GAN, pl.Trainer]:
+    class SaveAt(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+            if trainer.global_step in (6, 11):  # in the middle of an epoch of 9 batches, and of the next one
+                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    def train(**keywords: object) -> GAN:
         module = GAN(**TINY, seed=7)
         data = GANData(str(puppets.root), 32, batch_size=16, seed=7)
-        trainer = pl.Trainer(
-            max_steps=steps,
-            max_epochs=-1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            limit_val_batches=0,
-            default_root_dir=tmp_path,
-        )
+        trainer = pl.Trainer(**QUIET, max_steps=13, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[SaveAt()])
         trainer.fit(module, data, **keywords)  # type: ignore[arg-type]
-        return module, trainer
+        return module
 
-    whole, _ = train(13)
-    again, _ = train(13)
-    part, trainer = train(6)  # 9 batches in an epoch: in the middle of one
-    trainer.save_checkpoint(tmp_path / "part.ckpt")
-    resumed, _ = train(13, ckpt_path=tmp_path / "part.ckpt")
-    other = GAN(**TINY, seed=8)
-    assert not torch.equal(other.generator.up1.conv.weight, GAN(**TINY, seed=7).generator.up1.conv.weight)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    assert not torch.equal(part.generator.up1.conv.weight, whole.generator.up1.conv.weight)
+    whole = train()
+    others = {"again": train()} | {f"resumed at {s}": train(ckpt_path=tmp_path / f"{s}.ckpt") for s in (6, 11)}
+    for what, other in others.items():
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), (what, name)
+    assert not torch.equal(GAN(**TINY, seed=8).generator.up1.conv.weight, GAN(**TINY, seed=7).generator.up1.conv.weight)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_same_total_batch(puppets: Manifest, tmp_path: Path) -> None:
+    """Without batch norm, whose statistics each process takes of its own part of the batch."""
+    script = tmp_path / "train.py"
+    script.write_text(f"""
+import sys
+import pytorch_lightning as pl, torch
+from toolkit.gan.module import GAN
+from toolkit.gan.data import GANData
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    processes = int(sys.argv[1])
+    module = GAN(image_size=32, latent=16, generator_width=4, discriminator_width=4, generator_norm="layer",
+                 discriminator_norm="layer", seed=3)
+    data = GANData({str(puppets.root)!r}, 32, batch_size=16, seed=3)
+    trainer = pl.Trainer(accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_steps=6,
+                         max_epochs=-1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+                         use_distributed_sampler=False, enable_checkpointing=False, limit_val_batches=0)
+    trainer.fit(module, data)
+    if trainer.is_global_zero:
+        torch.save(module.state_dict(), sys.argv[2])
+""")
+    states = []
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.pt"
+        subprocess.run([sys.executable, str(script), str(processes), str(path)], check=True, timeout=300, capture_output=True)
+        states.append(torch.load(path, weights_only=True))
+    moved = 0.0
+    start = GAN(**TINY, generator_norm="layer", discriminator_norm="layer", seed=3).state_dict()
+    for name, value in states[0].items():
+        if value.dtype.is_floating_point:
+            assert float((value - states[1][name]).abs().max()) < 1e-5, name
+            moved = max(moved, float((value - start[name]).abs().max()))
+    assert moved > 1e-4
 
 
 def test_checkpoint_carries_what_is_needed(puppets: Manifest, tmp_path: Path) -> None:

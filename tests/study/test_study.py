@@ -94,7 +94,7 @@ def test_results_table_is_tidy(finished: tuple[Path, Path]) -> None:
         "n",
     ]
     assert list(table.columns)[:12] == expected
-    assert set(table["generator"]) == {"real", "relu", "tanh", ""}
+    assert set(table["generator"]) == {"real", "real, other people", "relu", "tanh", ""}
     pairs = table[(table["metric"] == "frame auc") & (table["trained_on"] != "control")]
     assert len(pairs) == 2 * 2 * 2  # seeds x trained on x tested on
     assert ((pairs["value"] >= 0) & (pairs["value"] <= 1)).all()

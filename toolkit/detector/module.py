@@ -142,6 +142,11 @@ class Detector(pl.LightningModule):
         return 1 - output[:, 0] if self.head_kind() == "softmax" else output[:, 0]
 
     @property
+    def batches_done(self) -> int:
+        """Batches that the training has seen, interrupted runs included."""
+        return self.global_step * self.trainer.accumulate_grad_batches
+
+    @property
     def options(self) -> Any:
         """The arguments this was made with, as attributes and as a mapping; saved with every checkpoint."""
         return self.hparams

@@ -29,7 +29,8 @@ def start_after_interruption(module: pl.LightningDataModule, batches: Batches) -
     """Let a resumed run go on with the batch after the last one it saw, in the middle of an epoch too."""
     trainer = module.trainer
     if trainer is not None and trainer.training:
-        batches.start_at(trainer.fit_loop.total_batch_idx + 1)
+        # The module's own count: the trainer's differs by one between checkpoints taken before and after a batch's end.
+        batches.start_at(int(trainer.lightning_module.batches_done))  # type: ignore[arg-type]
     return batches
 
 

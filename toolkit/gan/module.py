@@ -146,6 +146,11 @@ class GAN(pl.LightningModule):
         return self.sampler(z)
 
     @property
+    def batches_done(self) -> int:
+        """Batches that the training has seen, interrupted runs included."""
+        return int(self.batches_seen)
+
+    @property
     def options(self) -> Any:
         """The arguments this was made with, as attributes and as a mapping; saved with every checkpoint."""
         return self.hparams

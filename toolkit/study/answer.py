@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from toolkit.study.spec import CONTROL, REAL
+from toolkit.study.spec import CONTROL, REAL, STRANGERS
 from toolkit.study.table import over_seeds
 
 DETECTABILITY = "frame auc"
@@ -67,7 +67,9 @@ def compare(rows: pd.DataFrame, metric: str, lower_is_better: bool = True) -> Co
     Returns:
         None with fewer than two generators.
     """
-    wide = rows[rows["generator"] != REAL].pivot_table(index="generator", columns="seed", values="value", aggfunc="mean", sort=False)
+    wide = rows[~rows["generator"].isin([REAL, STRANGERS])].pivot_table(
+        index="generator", columns="seed", values="value", aggfunc="mean", sort=False
+    )
     wide = wide.dropna(how="all")
     if len(wide) < 2:
         return None
@@ -84,21 +86,22 @@ def compare(rows: pd.DataFrame, metric: str, lower_is_better: bool = True) -> Co
     return Comparison(metric, means, differences, dict(zip(raw, adjusted.tolist(), strict=True)))
 
 
-def interval(figure: tuple[float, float, float, int], digits: int = 3) -> str:
-    """``1.23 (95% interval 1.10 to 1.36, 3 seeds)``."""
+def interval(figure: tuple[float, float, float, int], digits: int = 3, bounds: tuple[float, float] = (-np.inf, np.inf)) -> str:
+    """``1.23 (95% interval 1.10 to 1.36, 3 seeds)``; the interval is cut at ``bounds``, which the figure cannot leave."""
     mean, low, high, n = figure
+    low, high = max(low, bounds[0]), min(high, bounds[1])
     seeds = f"{n} seed{'s' if n != 1 else ''}"
     return f"{mean:.{digits}g} ({f'95% interval {low:.{digits}g} to {high:.{digits}g}, ' if np.isfinite(low) else ''}{seeds})"
 
 
-def sentence(comparison: Comparison, best_word: str, worst_word: str) -> str:
+def sentence(comparison: Comparison, best_word: str, worst_word: str, bounds: tuple[float, float] = (-np.inf, np.inf)) -> str:
     """Two or three sentences on one comparison, which can also say that no difference is shown."""
     labels = list(comparison.means)
     first, last = labels[0], labels[-1]
     n = comparison.means[first][3]
     text = (
-        f"{best_word}: {first}, {comparison.metric} {interval(comparison.means[first])}; "
-        f"{worst_word}: {last}, {interval(comparison.means[last])}. "
+        f"{best_word}: {first}, {comparison.metric} {interval(comparison.means[first], bounds=bounds)}; "
+        f"{worst_word}: {last}, {interval(comparison.means[last], bounds=bounds)}. "
     )
     if n < 2:
         return text + "With one seed nothing can be said about the difference: it may be the seed's."
@@ -106,7 +109,8 @@ def sentence(comparison: Comparison, best_word: str, worst_word: str) -> str:
         rest = [label for label in labels[1:] if label not in comparison.shown]
         text += f"The difference from {first} is shown for {', '.join(comparison.shown)} (paired over {n} seeds, Holm-corrected p < 0.05)"
         return text + (f"; it is not shown for {', '.join(rest)}." if rest else ".")
-    low, high = comparison.differences[last][1:3]
+    reach = bounds[1] - bounds[0]
+    low, high = (float(np.clip(v, -reach, reach)) for v in comparison.differences[last][1:3])
     return text + (
         f"No difference between activations is shown: paired over {n} seeds, that between these two lies between "
         f"{low:.3g} and {high:.3g}, and no pair stays below p = 0.05 after Holm's correction."
@@ -116,7 +120,7 @@ def sentence(comparison: Comparison, best_word: str, worst_word: str) -> str:
 
 def spread_ratio(rows: pd.DataFrame) -> float:
     """Standard deviation between generators' means over that between seeds of one generator; above 1, choice beats chance."""
-    wide = rows[rows["generator"] != REAL].pivot_table(index="generator", columns="seed", values="value", aggfunc="mean")
+    wide = rows[~rows["generator"].isin([REAL, STRANGERS])].pivot_table(index="generator", columns="seed", values="value", aggfunc="mean")
     if wide.shape[0] < 2 or wide.shape[1] < 2:
         return float("nan")
     within = float(np.sqrt(np.nanmean(wide.var(axis=1, ddof=1))))
@@ -138,7 +142,8 @@ def answer(table: pd.DataFrame) -> list[str]:
     detection = own_detection(table)
     if comparison := compare(detection, "frame AUC"):
         lines.append(
-            "Detection. For detectors tested on the generator they were trained on: " + sentence(comparison, "hardest to detect", "easiest")
+            "Detection. For detectors tested on the generator they were trained on: "
+            + sentence(comparison, "hardest to detect", "easiest", bounds=(0, 1))
         )
     matrix = table[(table["metric"] == DETECTABILITY) & ~table["trained_on"].isin(["", CONTROL])]
     if not matrix.empty:
@@ -155,7 +160,8 @@ def answer(table: pd.DataFrame) -> list[str]:
         videos = int(control["n"].min())
         chance = all(not (row.ci_low > 0.5 or row.ci_high < 0.5) for row in control.itertuples())
         lines.append(
-            f"Control. A detector trained on real people against other real people reaches a frame AUC of {interval((mean, low, high, n))} "
+            "Control. A detector trained on real people against other real people reaches a frame AUC of "
+            f"{interval((mean, low, high, n), bounds=(0, 1))} "
             f"on {videos} test videos; chance is 0.5. "
             + (
                 "It does not stand apart from chance."

@@ -144,17 +144,27 @@ def _evenly_list(items: list[np.ndarray], limit: int) -> list[np.ndarray]:
 
 
 def _run_real(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
-    """Real people whom no GAN has seen, measured as if they were fakes: the floor of every measure."""
-    reference_images, reference_clips = _reference(study, cell)
+    """Real against real: every second run of the GANs' own training frames against the others, which is the floor of
+    every measure, and people whom no GAN has seen against the training frames, which is how far apart people are."""
+    length = cell.options["clips"]["frames"]
     frames, split = _real_parts(study, cell.options)
+    learned = frames.select((split == "train") & frames.table["identity"].isin(cell.options["data"]["gan"]))
+    runs, _ = learned.clips(length)
+    halves = [_as_sets(runs[place::2], cell) for place in (0, 1)]
+    floor = _measure(*halves[0], *halves[1]) if min(len(runs[0::2]), len(runs[1::2])) else []
     others = frames.select(split == "test")
-    clips, videos = others.clips(cell.options["clips"]["frames"])
-    images = _evenly(others.array(), cell.options["clips"]["images"])
-    rows = _measure(reference_images, reference_clips, ClipSet.of_images(images), ClipSet(_evenly_list(clips, 200)))
-    shown = _evenly_list(clips, SHOWN_CLIPS) or [images[:1]]
-    _show(folder, shown, images)
+    clips, videos = others.clips(length)
+    reference = _reference(study, cell)
+    images = ClipSet.of_images(_evenly(others.array(), cell.options["clips"]["images"]))
+    strangers = _measure(*reference, images, ClipSet(_evenly_list(clips, 200)))
+    _show(folder, _evenly_list(clips, SHOWN_CLIPS) or [others.array()[:1]], others.array())
     people = sorted(set(others.table["identity"]))
-    return {"status": "done", "measures": rows, "identities": people, "videos": len(set(videos))}
+    return {"status": "done", "measures": floor, "others": strangers, "identities": people, "videos": len(set(videos))}
+
+
+def _as_sets(clips: list[np.ndarray], cell: Cell) -> tuple[ClipSet, ClipSet]:
+    images = _evenly(np.concatenate(clips), cell.options["clips"]["images"]) if clips else np.zeros((0, 1, 1, 3), np.uint8)
+    return ClipSet.of_images(images), ClipSet(_evenly_list(clips, 200))
 
 
 def _show(folder: Path, clips: list[np.ndarray], images: np.ndarray) -> None:
@@ -182,7 +192,7 @@ def _run_gan(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     trainer = _trainer(folder, training, [history, health, collapse, keep])
     status, message = "done", ""
     try:
-        trainer.fit(module, data, ckpt_path=_resume_from(folder, "gan"))
+        trainer.fit(module, data, ckpt_path=_resume_from(folder, "gan"), weights_only=True)
     except Diverged as error:
         status, message = "diverged", str(error)
         print(message)
@@ -271,7 +281,7 @@ def _run_detector(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     keep = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/loss", save_last=True, **_KEEP)
     trainer = _trainer(folder, training, [history, keep])
     try:
-        trainer.fit(module, data, ckpt_path=_resume_from(folder, "detector"))
+        trainer.fit(module, data, ckpt_path=_resume_from(folder, "detector"), weights_only=True)
     except Diverged as error:
         return {"status": "diverged", "message": str(error), "tests": [], "curves": history.rows}
     best = Detector.from_checkpoint(folder / "checkpoints" / "best.ckpt")

@@ -9,8 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from toolkit.study.answer import DETECTABILITY, QUALITY, own_detection
-from toolkit.study.spec import CONTROL, REAL
+from toolkit.study.answer import QUALITY, own_detection
+from toolkit.study.spec import CONTROL, REAL, STRANGERS
 from toolkit.study.table import over_seeds
 
 # Okabe & Ito's palette, told apart with any colour vision; then shades for larger grids.
@@ -110,11 +110,11 @@ def quality_against_detectability(table: pd.DataFrame, labels: list[str]) -> go.
         figure.add_vline(
             x=float(floor.mean()),
             line={"dash": "dot", "color": "#888"},
-            annotation={"text": "other real people", "font": {"color": "#888"}, "textangle": -90, "yanchor": "top"},
+            annotation={"text": "real against real", "font": {"color": "#888"}, "textangle": -90, "yanchor": "top"},
         )
     figure.add_hline(y=0.5, line={"dash": "dot", "color": "#888"}, annotation={"text": "chance", "font": {"color": "#888"}})
     figure.update_xaxes(title=f"{QUALITY} to real training frames (better to the left)")
-    figure.update_yaxes(title="detector's frame AUC (harder to detect below)")
+    figure.update_yaxes(title="frame AUC of its detector")
     return _layout(figure, 460, legend={"orientation": "h", "y": -0.22})
 
 
@@ -188,7 +188,13 @@ def measures(table: pd.DataFrame, labels: list[str]) -> go.Figure:
             )
         # An interval of two seeds can be many times as wide as everything else: the points decide what is in view.
         points = rows[rows["metric"] == name]["value"].dropna().tolist()
+        first = rows[rows["metric"] == name].iloc[0]
+        # Distances: the same people, real against real. What should be like real: all real clips.
         floor = table[(table["metric"] == name) & (table["generator"] == REAL)]["value"].dropna()
+        if first["better"] == "real":
+            others = table[(table["metric"] == name) & (table["generator"] == STRANGERS)]["value"].dropna()
+            for value in others:
+                figure.add_vline(x=float(value), line={"dash": "dashdot", "color": "#bbb"}, row=row, col=column)
         if len(floor):
             points.append(float(floor.iloc[0]))
             figure.add_vline(x=float(floor.iloc[0]), line={"dash": "dot", "color": "#888"}, row=row, col=column)
@@ -302,15 +308,3 @@ def robust_labels(table: pd.DataFrame, labels: list[str]) -> list[str]:
     """The labels that have any figure, in the grid's order."""
     present = set(table["generator"]) | set(table["trained_on"]) - {CONTROL}
     return [label for label in labels if label in present]
-
-
-__all__ = [
-    "DETECTABILITY",
-    "colours",
-    "health",
-    "learning_curves",
-    "measures",
-    "quality_against_detectability",
-    "robust_labels",
-    "transfer_matrix",
-]

@@ -19,7 +19,7 @@ import toolkit
 from toolkit.files import write_text
 from toolkit.study import figures
 from toolkit.study.answer import DETECTABILITY, answer
-from toolkit.study.spec import CONTROL, REAL, Study
+from toolkit.study.spec import REAL, Study
 from toolkit.study.table import cell_results, detection_matrix, write_table
 
 
@@ -128,7 +128,7 @@ def _table_rows(table: pd.DataFrame) -> list[dict[str, str]]:
         what = row.generator or f"detector: {row.trained_on} on {row.tested_on}"
         rows.append(
             {
-                "what": str(what) if what != REAL else "real (floor)",
+                "what": str(what) if what != REAL else "real (the floor)",
                 "seed": str(row.seed),
                 "metric": str(row.metric),
                 "value": _number(row.value),
@@ -185,6 +185,3 @@ def page_data(page: str) -> dict[str, Any]:
     """The figures of a written page, read back: name -> plotly figure as a dictionary."""
     found = re.findall(r'<script type="application/json" id="plot-(\w+)">(.*?)</script>', page, re.DOTALL)
     return {name: json.loads(text) for name, text in found}
-
-
-__all__ = ["CONTROL", "page_data", "write_report"]

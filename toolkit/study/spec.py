@@ -23,6 +23,7 @@ from toolkit.errors import UserError, closest
 from toolkit.gan.data import open_manifest
 
 REAL = "real"
+STRANGERS = "real, other people"
 CONTROL = "control"
 
 
@@ -128,7 +129,7 @@ class StudySpec:
             raise UserError(f"{path}: seeds has a seed twice")
         if not 0 < self.gan_share < 1:
             raise UserError(f"{path}: gan_share is between 0 and 1, not {self.gan_share}")
-        if reserved := {REAL, CONTROL} & set(self.generators):
+        if reserved := {REAL, STRANGERS, CONTROL} & set(self.generators):
             raise UserError(f"{path}: a generator cannot be called {reserved.pop()!r}")
         for kind in self.upsampling:
             if kind not in ("transposed", "nearest", "bilinear", "zero"):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from toolkit.errors import UserError
 from toolkit.files import atomic, read_json
-from toolkit.study.spec import CONTROL, REAL, Study
+from toolkit.study.spec import CONTROL, STRANGERS, Study
 
 COLUMNS = (
     "cell",
@@ -48,7 +48,8 @@ def results_table(folder: Path | str, keys: set[str] | None = None) -> pd.DataFr
 
     Returns:
         One row per figure with the columns of :data:`COLUMNS` and ``unit``, ``better``. ``generator`` is the label of
-        the grid (``real`` for the real-against-real floor); ``trained_on`` and ``tested_on`` are labels too.
+        the grid; ``real`` is the floor (real against real of the same people), ``real, other people`` how far other people
+        are from them. ``trained_on`` and ``tested_on`` are labels too.
     """
     rows: list[dict[str, Any]] = []
     for cell, result in cell_results(Path(folder)):
@@ -76,6 +77,7 @@ def results_table(folder: Path | str, keys: set[str] | None = None) -> pd.DataFr
         if cell["kind"] == "gan":
             base["discriminator"] = _rules(cell["options"]["model"]["activations"]["discriminator"])
         rows += [_row(base, m) for m in result["measures"]]
+        rows += [_row(base | {"generator": STRANGERS}, m) for m in result.get("others", [])]
     return pd.DataFrame(rows, columns=[*COLUMNS, "unit", "better"])
 
 
@@ -135,16 +137,3 @@ def detection_matrix(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """``metric`` of detectors trained on the row's fakes and tested on the column's, mean over seeds."""
     rows = table[(table["metric"] == metric) & ~table["trained_on"].isin(["", CONTROL])]
     return rows.pivot_table(index="trained_on", columns="tested_on", values="value", aggfunc="mean", sort=False)
-
-
-__all__ = [
-    "COLUMNS",
-    "CONTROL",
-    "REAL",
-    "cell_results",
-    "detection_matrix",
-    "over_seeds",
-    "paired_difference",
-    "results_table",
-    "write_table",
-]
