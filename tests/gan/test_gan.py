@@ -23,7 +23,7 @@ from toolkit.activations.registry import registry
 from toolkit.gan.data import GANData
 from toolkit.gan.losses import LOSSES, gradient_penalty, r1_penalty
 from toolkit.gan.module import GAN
-from toolkit.gan.networks import Generator, Project
+from toolkit.gan.networks import Generator, Project, Score
 from toolkit.gan.walks import latent_walk, render_clips
 from toolkit.training import CollapseWatch, Diverged, History
 
@@ -57,10 +57,12 @@ def fit(module: GAN, manifest: Manifest, folder: Path, steps: int, *callbacks: p
     return result
 
 
-def test_project_equals_the_transposed_convolution() -> None:
+def test_first_and_last_layer_equal_their_convolutions() -> None:
     layer = Project(10, 6)
     z = torch.randn(3, 10)
     torch.testing.assert_close(layer(z), F.conv_transpose2d(z[:, :, None, None], layer.weight), rtol=1e-5, atol=1e-5)
+    score, x = Score(6), torch.randn(3, 6, 4, 4)
+    torch.testing.assert_close(score(x), F.conv2d(x, score.weight).flatten(1), rtol=1e-5, atol=1e-5)
 
 
 def test_layers_are_those_of_the_dcgan_example() -> None:

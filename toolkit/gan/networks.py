@@ -57,6 +57,20 @@ class Project(nn.ConvTranspose2d):
         return F.linear(z, weight).view(-1, 4, 4, self.out_channels).permute(0, 3, 1, 2)
 
 
+class Score(nn.Conv2d):
+    """The discriminator's last layer: a 4 x 4 map to one number.
+
+    A convolution over all positions at once, computed as the matrix product that it is; weights as in the DCGAN example.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 1, 4, 1, 0, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, channels, 4, 4)`` -> ``(N, 1)``."""
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight.permute(0, 2, 3, 1).flatten(1))
+
+
 def upsample(kind: Upsampling, inputs: int, outputs: int, *, bias: bool) -> nn.Sequential | nn.ConvTranspose2d:
     """A layer that doubles height and width: ``(N, inputs, H, W)`` -> ``(N, outputs, 2H, 2W)``."""
     if kind == "transposed":
@@ -173,7 +187,7 @@ class Discriminator(nn.Module):
             conv = nn.Conv2d(inputs, outputs, 4, 2, 1, bias=kind == "none" and i > 0)
             self.add_module(f"down{i + 1}", Block(conv, make_norm(kind, outputs), "leaky_relu(negative_slope=0.2)"))
             inputs = outputs
-        self.score = nn.Conv2d(inputs, 1, 4, 1, 0, bias=False)
+        self.score = Score(inputs)
         self.output = Site("identity")
         if spectral_norm:
             _add_spectral_norm(self)
