@@ -302,7 +302,7 @@ def quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     # Lightning's tips and device tables; its warnings and errors still come through.
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

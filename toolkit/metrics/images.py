@@ -58,8 +58,9 @@ def normalise_patches(descriptors: Tensor, channels: int) -> Tensor:
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: Tensor) -> float:
     """Mean Wasserstein-1 distance of two equally large point sets ``(N, D)`` over projections on ``(D, K)`` directions."""
-    projected_a, projected_b = (p @ directions for p in (a, b))
-    return float((projected_a.sort(dim=0).values - projected_b.sort(dim=0).values).abs().mean())
+    # NumPy sorts contiguous rows of floats several times as fast as PyTorch does.
+    sorted_a, sorted_b = (np.sort((directions.T @ p.T).numpy(), axis=1) for p in (a, b))
+    return float(np.abs(sorted_a - sorted_b).mean(dtype=np.float64))
 
 
 def pyramid_distance(
@@ -114,6 +115,6 @@ def radial_spectrum(images: np.ndarray) -> np.ndarray:
 
 
 def spectrum_distance(real: np.ndarray, fake: np.ndarray) -> float:
-    """Root mean square difference of two sets' radial spectra in decibels, over all frequencies but 0."""
-    a, b = (10 * np.log10(radial_spectrum(images)[1:] + 1e-12) for images in (real, fake))
+    """Root mean square difference in decibels of two radial spectra ``(F,)``, over all frequencies but 0."""
+    a, b = (10 * np.log10(spectrum[1:] + 1e-12) for spectrum in (real, fake))
     return float(np.sqrt(((a - b) ** 2).mean()))

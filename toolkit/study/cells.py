@@ -32,6 +32,7 @@ from toolkit.study.spec import CONTROL, Cell, Study
 from toolkit.training import CollapseWatch, Diverged, History, load_checkpoint, versions
 
 SHOWN_CLIPS = 6
+REAL_CLIPS = 100
 # Without a version counter a resumed run overwrites a best.ckpt that its own interrupted part left behind.
 _KEEP: dict[str, Any] = {"auto_insert_metric_name": False, "enable_version_counter": False}
 
@@ -132,7 +133,7 @@ def _reference(study: Study, cell: Cell) -> tuple[ClipSet, ClipSet]:
     frames, split = _real_parts(study, cell.options)
     learned = frames.select((split == "train") & frames.table["identity"].isin(cell.options["data"]["gan"]))
     clips, _ = learned.clips(cell.options["clips"]["frames"])
-    return ClipSet.of_images(_evenly(learned.array(), cell.options["clips"]["images"])), ClipSet(_evenly_list(clips, 200))
+    return ClipSet.of_images(_evenly(learned.array(), cell.options["clips"]["images"])), ClipSet(_evenly_list(clips, REAL_CLIPS))
 
 
 def _evenly(array: np.ndarray, limit: int) -> np.ndarray:
@@ -156,7 +157,7 @@ def _run_real(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     clips, videos = others.clips(length)
     reference = _reference(study, cell)
     images = ClipSet.of_images(_evenly(others.array(), cell.options["clips"]["images"]))
-    strangers = _measure(*reference, images, ClipSet(_evenly_list(clips, 200)))
+    strangers = _measure(*reference, images, ClipSet(_evenly_list(clips, REAL_CLIPS)))
     _show(folder, _evenly_list(clips, SHOWN_CLIPS) or [others.array()[:1]], others.array())
     people = sorted(set(others.table["identity"]))
     return {"status": "done", "measures": floor, "others": strangers, "identities": people, "videos": len(set(videos))}
@@ -164,7 +165,7 @@ def _run_real(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
 
 def _as_sets(clips: list[np.ndarray], cell: Cell) -> tuple[ClipSet, ClipSet]:
     images = _evenly(np.concatenate(clips), cell.options["clips"]["images"]) if clips else np.zeros((0, 1, 1, 3), np.uint8)
-    return ClipSet.of_images(images), ClipSet(_evenly_list(clips, 200))
+    return ClipSet.of_images(images), ClipSet(_evenly_list(clips, REAL_CLIPS))
 
 
 def _show(folder: Path, clips: list[np.ndarray], images: np.ndarray) -> None:
