@@ -24,6 +24,7 @@ from toolkit.errors import UserError
 from toolkit.files import atomic, write_json
 
 PARTLY_DONE = 3
+ANNOTATED_SIZE = 480  # longest side in pixels: encoding, not detection, is what takes the time
 _END = object()
 
 
@@ -226,7 +227,7 @@ def detect_video(
                         box = (f"{v:.1f}" for v in (item.face.x, item.face.y, item.face.width, item.face.height))
                         rows.writerow((item.index, f"{item.time_s:.4f}", f"{item.score:.6f}", *box, f"{item.face.score:.3f}"))
                     if writer is not None:
-                        writer.write(_draw(item, threshold, margin, 640))
+                        writer.write(_draw(item, threshold, margin, ANNOTATED_SIZE))
                     if progress:
                         progress(total, reader.info.frames)
             if total == 0:
