@@ -339,6 +339,12 @@ class ToolkitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, default="", help="the run's folder (default: runs/KIND/NAME OF THE CONFIG)")
+        parser.link_arguments("model.image_size", "data.image_size")
+        for seeded in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", seeded, compute_fn=_as_seed)
+        parser.add_lightning_class_args(ActivationHealth, "health")
+        parser.add_lightning_class_args(pl.callbacks.ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.mode": "min", "checkpoint.save_last": True, "checkpoint.auto_insert_metric_name": False})
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
@@ -354,6 +360,12 @@ class ToolkitCLI(LightningCLI):
         config.weights_only = True
         if not config.trainer.default_root_dir:
             config.trainer.default_root_dir = config.out
+        if not config.checkpoint.dirpath:
+            config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
+
+
+def _as_seed(value: Any) -> int:
+    return 0 if value in (True, False, None) else int(value)
 
 
 class SaveConfig(SaveConfigCallback):

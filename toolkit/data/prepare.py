@@ -115,7 +115,6 @@ def prepare_video(item: VideoItem, out: Path, settings: Settings, model: Path | 
     record = {"key": key, "video": item.video, "error": "", "without_face": 0, "rows": []}
     try:
         detect = face_detector(settings.faces, model)[1]
-        found: list[tuple[int, float, np.ndarray, Face]] = []
         previous: Face | None = None
         run: list[tuple[int, float, np.ndarray, Face]] = []
         for index, time_s, frame in _video_frames(item, settings):
@@ -130,7 +129,6 @@ def prepare_video(item: VideoItem, out: Path, settings: Settings, model: Path | 
             run.append((index, time_s, frame, face))
         if run:
             _store_run(run, item, out, settings, record)
-        del found
         if not record["rows"]:
             record["error"] = "no frame can be decoded" if not record["without_face"] else "no face was found in any frame"
     except VideoError as error:

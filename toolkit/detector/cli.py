@@ -19,9 +19,8 @@ commands:
 
 def fit_or_test(argv: list[str]) -> None:
     """Run LightningCLI with these arguments (``fit ...`` or ``test ...``)."""
-    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+    from pytorch_lightning.callbacks import EarlyStopping
 
-    from toolkit.activations.health import ActivationHealth
     from toolkit.detector.data import DetectorData
     from toolkit.detector.module import Detector
     from toolkit.files import atomic
@@ -34,30 +33,16 @@ def fit_or_test(argv: list[str]) -> None:
 
         def add_arguments_to_parser(self, parser: Any) -> None:
             super().add_arguments_to_parser(parser)
-            parser.link_arguments("model.image_size", "data.image_size")
-            parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
-            parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_seed)
-            parser.add_lightning_class_args(ActivationHealth, "health")
             parser.add_lightning_class_args(EarlyStopping, "early_stopping")
-            parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             parser.set_defaults(
                 {
                     "checkpoint.monitor": "val/loss",
-                    "checkpoint.mode": "min",
-                    "checkpoint.save_last": True,
                     "checkpoint.filename": "best",
-                    "checkpoint.auto_insert_metric_name": False,
                     "early_stopping.monitor": "val/loss",
                     "early_stopping.patience": 8,
                     "early_stopping.strict": False,
                 }
             )
-
-        def before_instantiate_classes(self) -> None:
-            super().before_instantiate_classes()
-            config = self.config[self.subcommand] if self.subcommand else self.config
-            if not config.checkpoint.dirpath:
-                config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
 
         def after_test(self) -> None:
             table = self.model.predictions
@@ -96,10 +81,6 @@ def _print_test(model: Any) -> None:
     rows = [(name, f"{e.value:.3f}" if e.value == e.value else "undefined", interval(e), e.n) for name, e in model.estimates.items()]
     if rows:
         print_rows("test", ("measure", "value", "95% interval", "videos"), rows)
-
-
-def _as_seed(value: Any) -> int:
-    return 0 if value in (True, False, None) else int(value)
 
 
 def main(argv: list[str]) -> int:

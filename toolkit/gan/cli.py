@@ -21,9 +21,6 @@ commands:
 
 def fit_or_test(argv: list[str]) -> None:
     """Run LightningCLI with these arguments (``fit ...`` or ``test ...``)."""
-    from pytorch_lightning.callbacks import ModelCheckpoint
-
-    from toolkit.activations.health import ActivationHealth
     from toolkit.gan.data import GANData
     from toolkit.gan.module import GAN
     from toolkit.gan.samples import Samples
@@ -36,28 +33,14 @@ def fit_or_test(argv: list[str]) -> None:
 
         def add_arguments_to_parser(self, parser: Any) -> None:
             super().add_arguments_to_parser(parser)
-            parser.link_arguments("model.image_size", "data.image_size")
-            parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
-            parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_seed)
-            parser.add_lightning_class_args(ActivationHealth, "health")
             parser.add_lightning_class_args(CollapseWatch, "collapse")
             parser.add_lightning_class_args(Samples, "samples")
-            parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             parser.set_defaults(
                 {
                     "checkpoint.monitor": "val/frechet",
-                    "checkpoint.mode": "min",
-                    "checkpoint.save_last": True,
                     "checkpoint.filename": "best-{step}",
-                    "checkpoint.auto_insert_metric_name": False,
                 }
             )
-
-        def before_instantiate_classes(self) -> None:
-            super().before_instantiate_classes()
-            config = self.config[self.subcommand] if self.subcommand else self.config
-            if not config.checkpoint.dirpath:
-                config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
 
     GANCLI(
         GAN,
@@ -77,10 +60,6 @@ def fit_or_test(argv: list[str]) -> None:
             "callbacks": [History(), RunFolder()],
         },
     )
-
-
-def _as_seed(value: Any) -> int:
-    return 0 if value in (True, False, None) else int(value)
 
 
 def sample(argv: list[str]) -> int:

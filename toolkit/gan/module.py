@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import toolkit
 from toolkit.activations.assign import apply_rules
 from toolkit.activations.module import ActivationModule
-from toolkit.data.frames import to_float, to_uint8
+from toolkit.data.frames import to_float
 from toolkit.errors import UserError
 from toolkit.gan.losses import LOSSES, LossName, gradient_penalty, r1_penalty
 from toolkit.gan.networks import Discriminator, Generator, Norm, Upsampling, initialise
@@ -351,6 +351,3 @@ class GAN(pl.LightningModule):
 def _spread(images: np.ndarray) -> float:
     small = images.astype(np.float32).reshape(len(images), -1)
     return float(np.abs(small - np.roll(small, 1, axis=0)).mean())
-
-
-__all__ = ["GAN", "to_uint8"]
