@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from toolkit.data.manifest import Manifest
     from toolkit.errors import UserError
     from toolkit.hookspecs import hookimpl
-    from toolkit.metrics import ClipSet, Measure
+    from toolkit.metrics.measure import ClipSet, Measure
     from toolkit.study.table import results_table
 
 _EXPORTS = {
     "Activation": "toolkit.activations.declare",
     "ActivationSpec": "toolkit.activations.spec",
-    "ClipSet": "toolkit.metrics",
+    "ClipSet": "toolkit.metrics.measure",
     "Face": "toolkit.data.faces",
     "Listing": "toolkit.data.layouts",
     "Manifest": "toolkit.data.manifest",
-    "Measure": "toolkit.metrics",
+    "Measure": "toolkit.metrics.measure",
     "Parameter": "toolkit.activations.declare",
     "Registry": "toolkit.activations.registry",
     "UserError": "toolkit.errors",

@@ -14,9 +14,9 @@ from toolkit.errors import UserError, closest
 
 COMMANDS = {
     "demo": ("toolkit.study.demo", "the main job on the embedded data; ends with a report"),
-    "data": ("toolkit.data.prepare", "prepare: face crops and a manifest from videos; puppets: the embedded data set"),
+    "data": ("toolkit.data.cli", "prepare: face crops and a manifest from videos; puppets: the embedded data; audit: shortcuts"),
     "gan": ("toolkit.gan.cli", "fit, test: train and measure a DCGAN; sample: render clips from a checkpoint"),
-    "detector": ("toolkit.detector.cli", "fit, test: train and measure a frame-level fake detector"),
+    "detector": ("toolkit.detector.cli", "fit, test: train and measure a frame-level fake detector; robustness: spoiled frames"),
     "detect": ("toolkit.detector.detect", "score video files with a trained detector"),
     "study": ("toolkit.study.cli", "run, status, report: a grid of activations x seeds, and its report"),
     "plugins": ("toolkit.activations.cli", "list: what is installed and where it comes from"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from toolkit.activations.declare import Activation
     from toolkit.data.faces import FaceDetector
     from toolkit.data.layouts import Layout
-    from toolkit.metrics import Measure
+    from toolkit.metrics.measure import Measure
     from toolkit.study.engine import Engine
 
 hookspec = pluggy.HookspecMarker("toolkit")

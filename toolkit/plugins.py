@@ -28,7 +28,7 @@ FILES_VARIABLE = "TOOLKIT_PLUGIN_FILES"
 CORE = {
     "toolkit_dataset_layouts": "toolkit.data.layouts",
     "toolkit_face_detectors": "toolkit.data.faces",
-    "toolkit_metrics": "toolkit.metrics",
+    "toolkit_metrics": "toolkit.metrics.builtin",
     "toolkit_engines": "toolkit.study.engine",
 }
 

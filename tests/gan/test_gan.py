@@ -206,35 +206,42 @@ def test_same_seed_same_weights_and_resumed_equals_uninterrupted(puppets: Manife
     assert not torch.equal(GAN(**TINY, seed=8).generator.up1.conv.weight, GAN(**TINY, seed=7).generator.up1.conv.weight)
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one_with_the_same_total_batch(puppets: Manifest, tmp_path: Path) -> None:
-    """Without batch norm, whose statistics each process takes of its own part of the batch."""
-    script = tmp_path / "train.py"
-    script.write_text(f"""
+TWO_PROCESSES = """
 import sys
 import pytorch_lightning as pl, torch
 from toolkit.gan.module import GAN
 from toolkit.gan.data import GANData
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    processes = int(sys.argv[1])
-    module = GAN(image_size=32, latent=16, generator_width=4, discriminator_width=4, generator_norm="layer",
-                 discriminator_norm="layer", seed=3)
-    data = GANData({str(puppets.root)!r}, 32, batch_size=16, seed=3)
+    processes, out, root, norm = int(sys.argv[1]), *sys.argv[2:]
+    module = GAN(image_size=32, latent=16, generator_width=4, discriminator_width=4, generator_norm=norm,
+                 discriminator_norm=norm, seed=3, validation_images=32)
+    data = GANData(root, 32, batch_size=16, seed=3, validation_frames=37)
     trainer = pl.Trainer(accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_steps=6,
                          max_epochs=-1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-                         use_distributed_sampler=False, enable_checkpointing=False, limit_val_batches=0)
+                         use_distributed_sampler=False, enable_checkpointing=False, check_val_every_n_epoch=None,
+                         val_check_interval=3, num_sanity_val_steps=0)
     trainer.fit(module, data)
     if trainer.is_global_zero:
-        torch.save(module.state_dict(), sys.argv[2])
-""")
+        torch.save({**module.state_dict(), "val": torch.as_tensor(float(trainer.callback_metrics["val/frechet"]))}, out)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_two_processes_equal_one_with_the_same_total_batch(puppets: Manifest, tmp_path: Path, norm: str) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
     states = []
     for processes in (1, 2):
         path = tmp_path / f"{processes}.pt"
-        subprocess.run([sys.executable, str(script), str(processes), str(path)], check=True, timeout=300, capture_output=True)
+        command = [sys.executable, str(script), str(processes), str(path), str(puppets.root), norm]
+        subprocess.run(command, check=True, timeout=300, capture_output=True)
         states.append(torch.load(path, weights_only=True))
     moved = 0.0
-    start = GAN(**TINY, generator_norm="layer", discriminator_norm="layer", seed=3).state_dict()
+    start = GAN(**TINY, generator_norm=norm, discriminator_norm=norm, seed=3).state_dict()
+    # 37 validation frames over two processes: each is counted once, or the distance would differ.
+    assert float(states[0].pop("val")) == pytest.approx(float(states[1].pop("val")), rel=1e-3)
     for name, value in states[0].items():
         if value.dtype.is_floating_point:
             assert float((value - states[1][name]).abs().max()) < 1e-5, name
@@ -347,6 +354,7 @@ def test_health_and_history_are_recorded_while_training(puppets: Manifest, tmp_p
     assert "discriminator.output" in sites
     assert not any(site.startswith("ema") for site in sites)
     assert {m for _, s, m, _ in health.history if s == "generator.up1.act"} == {
+        "effective_rank",
         "dead",
         "saturated",
         "dormant_0.025",

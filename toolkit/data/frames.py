@@ -150,9 +150,7 @@ class Batches(Sampler[list[int]]):
             order = rng.permutation(self.count)
         else:
             order = rng.choice(self.count, size=self.count, p=self.weights)
-        world, rank = 1, 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        rank, world = _process()
         for batch in range(first, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield indices[rank::world].tolist()
@@ -203,8 +201,17 @@ def _as_is(batch: Any) -> Any:
 
 
 def loader(dataset: ArrayDataset, batches: Batches | None, *, batch_size: int = 64, workers: int = 0) -> DataLoader[Any]:
-    """A DataLoader over ``batches``, or over everything once and in order when that is None."""
+    """A DataLoader over ``batches``, or over everything once and in order when that is None: then each of several
+    processes gets every n-th item, so that together they see each item once."""
     if batches is not None:
         dataset.epoch_flag = batches.epoch_flag
         return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, persistent_workers=workers > 0)
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=_as_is)
+    rank, world = _process()
+    return DataLoader(dataset, batch_size=batch_size, sampler=range(rank, len(dataset), world), num_workers=workers, collate_fn=_as_is)
+
+
+def _process() -> tuple[int, int]:
+    """This process's number and their count."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -32,7 +32,7 @@ class Manifest:
     table: pd.DataFrame
 
     @classmethod
-    def load(cls, path: Path | str, *, check_files: bool = True) -> Manifest:
+    def load(cls, path: Path | str, *, check_files: bool = True, check_splits: bool = True) -> Manifest:
         """Read ``manifest.csv`` (or the folder that holds it) and check it.
 
         Raises:
@@ -61,10 +61,10 @@ class Manifest:
             if table[column].isna().any():
                 raise UserError(f"{path}: column {column} holds something that is not a number")
         manifest = cls(path.parent, table)
-        manifest.check(path, check_files=check_files)
+        manifest.check(path, check_files=check_files, check_splits=check_splits)
         return manifest
 
-    def check(self, name: Path | str = "manifest", *, check_files: bool = False) -> None:
+    def check(self, name: Path | str = "manifest", *, check_files: bool = False, check_splits: bool = True) -> None:
         """Raise :class:`UserError` unless labels, splits and paths are sound and the splits are disjoint."""
         table = self.table
         if table.empty:
@@ -75,7 +75,7 @@ class Manifest:
                 raise UserError(f"{name}: {column} {wrong[0]!r} is not one of {', '.join(sorted(allowed - {''}))}")
         if (table["identity"] == "").any() or (table["video"] == "").any():
             raise UserError(f"{name}: a frame without a video or an identity")
-        for what, owners in (("identity", identity_splits(table)), ("video", video_splits(table))):
+        for what, owners in (("identity", identity_splits(table)), ("video", video_splits(table))) if check_splits else ():
             for owner, splits in owners.items():
                 if len(splits) > 1:
                     raise UserError(

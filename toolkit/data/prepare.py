@@ -1,7 +1,8 @@
-"""``toolkit data``: from videos on disk to face crops and a manifest."""
+"""From videos on disk to face crops and a manifest."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -112,8 +113,9 @@ def prepare_video(item: VideoItem, out: Path, settings: Settings, model: Path | 
             record = {}
         if record.get("key") == key and all((out / row["frame"]).is_file() for row in record["rows"]):
             return record
-    record = {"key": key, "video": item.video, "error": "", "without_face": 0, "rows": []}
+    record = {"key": key, "video": item.video, "error": "", "without_face": 0, "rows": [], "source": {}}
     try:
+        record["source"] = _source_facts(item.path)
         detect = face_detector(settings.faces, model)[1]
         previous: Face | None = None
         run: list[tuple[int, float, np.ndarray, Face]] = []
@@ -137,6 +139,24 @@ def prepare_video(item: VideoItem, out: Path, settings: Settings, model: Path | 
         record["error"] = f"OpenCV cannot process it: {str(error).splitlines()[0]}"
     write_json(record_path, record)
     return record
+
+
+def _source_facts(path: Path) -> dict[str, Any]:
+    """What is known of the video file itself, for the shortcut audit."""
+    if path.is_dir():
+        return {"container": "folder"}
+    with VideoReader(path) as reader:
+        info = reader.info
+    pixels = max(1, info.frames) * max(1, info.width * info.height)
+    return {
+        "container": path.suffix.lower().lstrip("."),
+        "codec": info.codec,
+        "source width": info.width,
+        "source height": info.height,
+        "source fps": round(info.fps, 3),
+        "source frames": info.frames,
+        "source bitrate": round(path.stat().st_size / pixels, 6),
+    }
 
 
 def _store_run(
@@ -223,9 +243,12 @@ def prepare(
     items, dropped = assign_splits(items, ratios, seed=seed, official=official)
     failures = dict(dropped)
     rows: list[dict[str, Any]] = []
+    sources: list[dict[str, Any]] = []
     for item, record in _run(items, out, settings, model, workers):
         if record["error"]:
             failures[item.video] = record["error"]
+        if record["rows"]:
+            sources.append({"video": item.video, **record["source"]})
         for row in record["rows"]:
             rows.append({**row, **{k: getattr(item, k) for k in ("video", "identity", "label", "method", "source", "split")}})
     if not rows:
@@ -234,6 +257,8 @@ def prepare(
     table = pd.DataFrame(rows)[list(COLUMNS)].sort_values(["video", "index"], ignore_index=True)
     manifest = Manifest(out, table)
     manifest.check()
+    with atomic(out / "videos.csv") as temporary:
+        pd.DataFrame(sources).sort_values("video").to_csv(temporary, index=False)
     manifest.save()
     write_json(
         out / "prepare.json",
@@ -288,21 +313,8 @@ def parse_ratios(text: str) -> dict[str, float]:
     return {**dict.fromkeys(DEFAULT_RATIOS, 0.0), **ratios}
 
 
-def main(argv: list[str]) -> int:
-    """``toolkit data prepare SRC OUT`` and ``toolkit data puppets OUT``."""
-    from toolkit.cli import Parser
-    from toolkit.console import console, print_table
-    from toolkit.data import puppets
-
-    parser = Parser("toolkit data", description="Make a dataset: frames and a manifest.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    sub = commands.add_parser(
-        "prepare",
-        help="sample frames from videos, crop the face, split by identity",
-        description="Sample frames from videos, crop the face, split by identity, and write manifest.csv. "
-        "Running it again continues where it stopped.",
-        epilog="Exit status: 0 all videos were used, 3 some could not be (each is listed with the reason), 2 nothing could be done.",
-    )
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Options of ``toolkit data prepare``."""
     sub.add_argument("source", type=Path, help="the dataset's folder")
     sub.add_argument("out", type=Path, help="where frames and manifest.csv go")
     sub.add_argument("--layout", required=True, help="faceforensics, celebdf, dfdc, folders, or a plugin's")
@@ -327,16 +339,12 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--seed", type=int, default=0, help="shuffle of the identities (default %(default)s)")
     sub.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
     sub.add_argument("--limit", type=int, help="take only the first N videos")
-    puppets.add_arguments(
-        commands.add_parser(
-            "puppets",
-            help="render the embedded data set of procedural talking faces",
-            description="Render procedural talking faces with known identity, pose, mouth, blink and lighting. No download.",
-        )
-    )
-    args = parser.parse_args(argv)
-    if args.command == "puppets":
-        return puppets.run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """``toolkit data prepare``."""
+    from toolkit.console import console, print_table
+
     for name, least in (("frames", 1), ("window", 1), ("size", 8), ("workers", 1), ("limit", 1)):
         value = getattr(args, name)
         if value is not None and value < least:

@@ -1,4 +1,4 @@
-"""``toolkit detector``: fit, test."""
+"""``toolkit detector``: fit, test, robustness."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ commands:
   fit   train:    toolkit detector fit --config configs/detector/resnet18.yaml --data.manifests '[REAL, FAKE]'
                   (the same with --ckpt_path last continues an interrupted run)
   test  measure:  toolkit detector test --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
+  robustness  curves on spoiled frames, Grad-CAM, spectra:  toolkit detector robustness RUN/checkpoints/best.ckpt REAL FAKE
 
 `toolkit detector COMMAND --help` lists the options; `toolkit detect VIDEO --checkpoint CKPT` scores a video file."""
 
@@ -88,7 +89,11 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in ("fit", "test"):
         fit_or_test(argv)
         return 0
+    if argv and argv[0] == "robustness":
+        from toolkit.detector import robustness
+
+        return robustness.main(argv[1:])
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    raise UserError(f"toolkit detector: unknown command {argv[0]!r}; the commands are fit and test")
+    raise UserError(f"toolkit detector: unknown command {argv[0]!r}; the commands are fit, test and robustness")

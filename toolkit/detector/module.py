@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
+from scipy import special
 from torch import Tensor, nn
 
 import toolkit
@@ -18,7 +19,8 @@ from toolkit.activations.module import ActivationModule
 from toolkit.data.frames import to_float
 from toolkit.detector.networks import DetectorNetwork, FrontEnd, Stem, classification_loss
 from toolkit.errors import UserError
-from toolkit.metrics.detection import Estimate, aggregate, balanced_threshold, threshold_measures, video_bootstrap
+from toolkit.metrics.detection import Estimate, aggregate, balanced_threshold, fit_temperature, ranking_measures, video_bootstrap
+from toolkit.parallel import from_all_processes, synchronise_batch_norm
 from toolkit.training import load_checkpoint, load_weights, random_state, require_finite, set_random_state, versions
 
 NETWORKS = ("backbone", "head")
@@ -27,8 +29,8 @@ NETWORKS = ("backbone", "head")
 class Detector(pl.LightningModule):
     """A frame-level detector: P(fake) for every frame, the mean over its frames for a video.
 
-    The threshold is the one with the best balanced accuracy over validation videos; it is chosen anew at every
-    validation and saved with the weights.
+    At every validation its probabilities are calibrated (one temperature, Guo et al. 2017), and the threshold is chosen
+    that has the best balanced accuracy over validation videos; both are saved with the weights.
 
     Args:
         image_size: side of the frames in pixels.
@@ -47,6 +49,7 @@ class Detector(pl.LightningModule):
     """
 
     threshold: Tensor
+    temperature: Tensor
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Detector(pl.LightningModule):
         self.sites: dict[str, dict[str, str]] = {}
         self.preprocessing: dict[str, Any] = {}
         self.register_buffer("threshold", torch.tensor(0.5))
+        self.register_buffer("temperature", torch.tensor(1.0))
         self._outputs: list[dict[str, Tensor]] = []
         self._resume_state: dict[str, Any] | None = None
         self.predictions: pd.DataFrame | None = None
@@ -131,15 +135,30 @@ class Detector(pl.LightningModule):
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
         self.configure_model()
+        if stage == "fit" and self.trainer.world_size > 1:
+            self.network = synchronise_batch_norm(self.net, self.trainer.strategy.root_device)  # type: ignore[assignment]
         if data is not None and stage == "fit":
             self.preprocessing = dict(data.preprocessing)
             if self.head_kind() == "identity" and not data.target:
                 raise UserError("a linear head needs a target: --data.target COLUMN names a column of the manifest")
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, S, S)`` in [-1, 1] -> ``(N,)`` float32: P(fake), or the predicted target of a linear head."""
-        output = self.net(x).float()
-        return 1 - output[:, 0] if self.head_kind() == "softmax" else output[:, 0]
+        """``(N, 3, S, S)`` in [-1, 1] -> ``(N,)`` float32: calibrated P(fake), or the predicted target of a linear head."""
+        return self.score(self.net.logits(x))
+
+    def log_odds(self, logits: Tensor) -> Tensor:
+        """Log-odds of fake before calibration, ``(N,)``, from the network's ``(N, outputs)``; of a linear head, its output."""
+        if self.head_kind() == "softmax":
+            return torch.logsumexp(logits[:, 1:], dim=1) - logits[:, 0]
+        return logits[:, 0]
+
+    def score(self, logits: Tensor) -> Tensor:
+        """What :meth:`forward` returns, from the network's ``(N, outputs)``."""
+        odds = self.log_odds(logits)
+        if self.head_kind() == "identity":
+            return odds
+        odds = odds / self.temperature
+        return torch.sigmoid(odds) if self.head_kind() == "softmax" else self.net.head["output"](odds[:, None])[:, 0].float()
 
     @property
     def batches_done(self) -> int:
@@ -187,28 +206,25 @@ class Detector(pl.LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         logits = self.net.logits(to_float(batch["image"]))
-        output = self.net.head["output"](logits).float()
-        score = 1 - output[:, 0] if self.head_kind() == "softmax" else output[:, 0]
-        known = batch["method"] < output.shape[1] if self.head_kind() == "softmax" else torch.ones_like(batch["fake"], dtype=torch.bool)
+        known = batch["method"] < logits.shape[1] if self.head_kind() == "softmax" else torch.ones_like(batch["fake"], dtype=torch.bool)
         loss = (
             self._loss(logits[known], {k: v[known] for k, v in batch.items() if k != "image"})
             if known.any()
             else logits.new_tensor(float("nan"))
         )
-        count = torch.full_like(score, float(loss))
-        self._outputs.append({"item": batch["item"], "fake": batch["fake"], "target": batch["target"], "score": score, "loss": count})
+        of_batch = torch.full_like(logits[:, 0], float(loss))
+        found = {"log_odds": self.log_odds(logits), "score": self.score(logits), "loss": of_batch}
+        self._outputs.append({"item": batch["item"], "fake": batch["fake"], "target": batch["target"], **found})
 
     def _collected(self, split: str) -> pd.DataFrame:
         """Predictions of a whole split, from all processes, one row per frame."""
-        joined = {key: torch.cat([o[key] for o in self._outputs]) for key in self._outputs[0]}
-        if self.trainer.world_size > 1:
-            gathered = self.all_gather(joined)
-            joined = {key: value.flatten(0, 1) for key, value in gathered.items()}  # type: ignore[union-attr]
-        table = pd.DataFrame({key: value.float().cpu().numpy() for key, value in joined.items()})
-        table = table.drop_duplicates("item").sort_values("item", ignore_index=True)
+        parts = from_all_processes([{key: value.float().cpu().numpy() for key, value in o.items()} for o in self._outputs])
+        if not parts:
+            return pd.DataFrame()
+        table = pd.concat([pd.DataFrame(part) for part in parts]).sort_values("item", ignore_index=True)
         rows = self.trainer.datamodule.part(split).table  # type: ignore[attr-defined]
         about = rows.iloc[table["item"].astype(int)][["video", "label", "method", "index"]].reset_index(drop=True)
-        return pd.concat([about, table[["target", "score", "loss"]]], axis=1)
+        return pd.concat([about, table[["target", "log_odds", "score", "loss"]]], axis=1)
 
     def on_validation_epoch_start(self) -> None:
         self._outputs = []
@@ -217,20 +233,20 @@ class Detector(pl.LightningModule):
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        if not self._outputs:
-            return
         table = self._collected("val")
+        if table.empty:
+            return
         self.log("val/loss", float(table["loss"].mean()), prog_bar=True)
         if self.head_kind() == "identity":
             self.log("val/mae", float((table["score"] - table["target"]).abs().mean()), prog_bar=True)
             return
         fake = (table["label"] == "fake").to_numpy().astype(int)
-        videos = aggregate(table["video"].tolist(), fake, table["score"].to_numpy())
+        odds = table["log_odds"].to_numpy(np.float64)
         if 0 < fake.sum() < len(fake):
+            self.temperature.fill_(fit_temperature(fake, odds, table["video"].tolist()))
+            videos = aggregate(table["video"].tolist(), fake, special.expit(odds / float(self.temperature)))
             self.threshold.fill_(balanced_threshold(videos["label"].to_numpy(), videos["score"].to_numpy()))
-            from toolkit.metrics.detection import ranking_measures
-
-            self.log("val/auc", float(ranking_measures(fake, table["score"].to_numpy())["auc"][0]), prog_bar=True)
+            self.log("val/auc", float(ranking_measures(fake, odds)["auc"][0]), prog_bar=True)
         self._outputs = []
 
     def on_test_epoch_start(self) -> None:
@@ -262,6 +278,7 @@ class Detector(pl.LightningModule):
             "sites": self.sites,
             "preprocessing": self.preprocessing,
             "threshold": float(self.threshold),
+            "calibration": {"method": "temperature", "temperature": float(self.temperature)},
             # Pretrained weights have done their work once there is a checkpoint.
             "options": {**{k: v for k, v in self.options.items() if k != "_instantiator"}, "weights": None},
         }
@@ -292,11 +309,16 @@ class Detector(pl.LightningModule):
 
 
 def summarise(table: pd.DataFrame, threshold: float, *, resamples: int = 1000, seed: int = 0) -> dict[str, Estimate]:
-    """Frame- and video-level measures of predictions with columns ``video, label, score`` (P(fake))."""
-    fake = (table["label"] == "fake").to_numpy().astype(int)
-    score = table["score"].to_numpy()
-    result = video_bootstrap(table["video"].tolist(), fake, score, resamples=resamples, seed=seed)
-    videos = aggregate(table["video"].tolist(), fake, score)
-    for name, value in threshold_measures(videos["label"].to_numpy(), videos["score"].to_numpy(), threshold).items():
-        result[f"video {name}"] = Estimate(value, float("nan"), float("nan"), len(videos))
-    return result
+    """Frame- and video-level measures of predictions with columns ``video, label, score`` (calibrated P(fake)).
+
+    A column ``group``, if there is one, says which videos were cut from one recording.
+    """
+    return video_bootstrap(
+        table["video"].tolist(),
+        (table["label"] == "fake").to_numpy().astype(int),
+        table["score"].to_numpy(),
+        threshold=threshold,
+        groups=table["group"].tolist() if "group" in table else None,
+        resamples=resamples,
+        seed=seed,
+    )

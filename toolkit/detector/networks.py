@@ -119,7 +119,7 @@ def make_backbone(name: str, image_size: int, stem: Stem = "auto", weights: str 
     if dense and not options and (stem == "dense" or hasattr(backbone, "conv1") or hasattr(backbone, "conv_stem")):
         _dense_stem(backbone, name)
     if weights:
-        _load_pretrained(backbone, Path(weights))
+        load_pretrained(backbone, Path(weights))
     backbone.eval()
     try:
         with torch.no_grad():
@@ -129,7 +129,7 @@ def make_backbone(name: str, image_size: int, stem: Stem = "auto", weights: str 
     return backbone, int(features.shape[1])
 
 
-def _load_pretrained(backbone: nn.Module, path: Path) -> None:
+def load_pretrained(backbone: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"weights {path} are not there")
     loaded: Any

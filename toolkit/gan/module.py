@@ -20,6 +20,7 @@ from toolkit.data.frames import to_float
 from toolkit.errors import UserError
 from toolkit.gan.losses import LOSSES, LossName, gradient_penalty, r1_penalty
 from toolkit.gan.networks import Discriminator, Generator, Norm, Upsampling, initialise
+from toolkit.parallel import from_all_processes, synchronise_batch_norm
 from toolkit.training import load_checkpoint, load_weights, require_finite, versions
 
 NETWORKS = ("generator", "discriminator")
@@ -165,6 +166,12 @@ class GAN(pl.LightningModule):
             torch.optim.Adam(self.discriminator.parameters(), lr=rate, betas=betas, fused=fused),
         ]
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer.world_size > 1:
+            device = self.trainer.strategy.root_device
+            self.generator = synchronise_batch_norm(self.generator, device)  # type: ignore[assignment]
+            self.discriminator = synchronise_batch_norm(self.discriminator, device)  # type: ignore[assignment]
+
     def on_fit_start(self) -> None:
         # global_step shall count generator updates, so the discriminator's steps are not reported to the trainer.
         self._batches_seen = int(self.batches_seen)
@@ -263,20 +270,21 @@ class GAN(pl.LightningModule):
         self._features = []
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        from toolkit.metrics.features import extract, random_conv
+        from toolkit.metrics.features import extract, random_space
 
-        self._features.append(extract(random_conv(), batch["image"].cpu().numpy()))
+        self._features.append(extract(random_space().network, batch["image"].cpu().numpy()))
 
     def on_validation_epoch_end(self) -> None:
-        if not self._features:
-            return
         from toolkit.metrics.distances import frechet_distance, kernel_distance
-        from toolkit.metrics.features import extract, random_conv
+        from toolkit.metrics.features import extract, random_space
 
-        real = np.concatenate(self._features)
-        fake = extract(random_conv(), self.fixed_images(self.options.validation_images))
-        self.log("val/frechet", frechet_distance(real, fake), prog_bar=True, rank_zero_only=True)
-        self.log("val/kernel", kernel_distance(real, fake), rank_zero_only=True)
+        parts = from_all_processes(self._features)
+        if not parts:
+            return
+        real = np.concatenate(parts)
+        fake = extract(random_space().network, self.fixed_images(self.options.validation_images))
+        self.log("val/frechet", frechet_distance(real, fake), prog_bar=True)
+        self.log("val/kernel", kernel_distance(real, fake))
 
     def on_test_epoch_start(self) -> None:
         self._features = []
@@ -285,14 +293,16 @@ class GAN(pl.LightningModule):
         self._features.append(batch["image"].cpu().numpy())
 
     def on_test_epoch_end(self) -> None:
-        from toolkit.metrics import ClipSet, image_measures
+        from toolkit.metrics import ClipSet, all_measures
 
-        if not self._features:
+        parts = from_all_processes(self._features)
+        if not parts:
             raise UserError("there are no real test frames (split test) to compare with")
-        real = ClipSet([np.concatenate(self._features)])
-        fake = ClipSet([self.fixed_images(self.options.validation_images)])
-        for measure in image_measures():
-            self.log(f"test/{measure.name}", measure.function(real, fake), rank_zero_only=True)
+        real = ClipSet.of_images(np.concatenate(parts))
+        fake = ClipSet.of_images(self.fixed_images(self.options.validation_images))
+        for measure in all_measures():
+            if measure.on == "images":
+                self.log(f"test/{measure.name}", measure.function(real, fake))
 
     def fixed_images(self, count: int, seed: int = 0) -> np.ndarray:
         """``count`` images as ``(count, size, size, 3)`` uint8, from the same latents for every model of one ``latent``."""

@@ -15,8 +15,16 @@ from toolkit.errors import UserError
 Interpolation = Literal["spline", "slerp"]
 
 
-def latent_walk(seed: int, frames: int, latent: int, *, keyframes: int = 4, interpolation: Interpolation = "spline") -> np.ndarray:
-    """A closed path through ``keyframes`` seeded latent vectors; frame ``frames`` would be frame 0 again.
+def latent_walk(
+    seed: int,
+    frames: int,
+    latent: int,
+    *,
+    keyframes: int = 4,
+    interpolation: Interpolation = "spline",
+    period: int | None = None,
+) -> np.ndarray:
+    """The first ``frames`` of a closed path through ``keyframes`` seeded latent vectors, ``period`` frames long.
 
     ``spline`` is a periodic cubic spline (smooth velocity), rescaled to the shell on which normal vectors lie;
     ``slerp`` follows great arcs between neighbours (Shoemake 1985), with a corner at each keyframe.
@@ -26,18 +34,23 @@ def latent_walk(seed: int, frames: int, latent: int, *, keyframes: int = 4, inte
         frames: number of frames, at least 1.
         latent: length of the latent vector.
         keyframes: at least 2.
+        period: frames of the whole loop, which sets the speed; ``frames`` by default, and then frame ``frames`` would be
+            frame 0 again. A longer one gives a section of a slower walk.
 
     Returns:
         ``(frames, latent)`` float32.
 
     Raises:
-        UserError: too few frames or keyframes.
+        UserError: too few frames or keyframes, or a loop shorter than the section.
     """
+    period = period or frames
     if keyframes < 2 or frames < 1:
         raise UserError(f"a walk needs at least 2 keyframes and 1 frame, not {keyframes} and {frames}")
+    if period < frames:
+        raise UserError(f"a walk of {frames} frames is longer than its loop of {period}")
     rng = np.random.default_rng([seed, 0x3A1C])
     keys = rng.standard_normal((keyframes, latent))
-    where = np.arange(frames) * keyframes / frames
+    where = np.arange(frames) * keyframes / period
     closed = np.concatenate([keys, keys[:1]])
     if interpolation == "spline":
         path = CubicSpline(np.arange(keyframes + 1), closed, bc_type="periodic")(where)
@@ -84,9 +97,11 @@ def render_clips(
     seed: int = 0,
     keyframes: int = 4,
     interpolation: Interpolation = "spline",
+    period: int | None = None,
 ) -> list[np.ndarray]:
-    """``clips`` looping clips, each ``(frames, size, size, 3)`` uint8 RGB."""
+    """``clips`` clips, each ``(frames, size, size, 3)`` uint8 RGB, along the walks of :func:`latent_walk`."""
     latent = int(generator.latent)  # type: ignore[arg-type]
     return [
-        render(generator, latent_walk(s, frames, latent, keyframes=keyframes, interpolation=interpolation)) for s in clip_seeds(clips, seed)
+        render(generator, latent_walk(s, frames, latent, keyframes=keyframes, interpolation=interpolation, period=period))
+        for s in clip_seeds(clips, seed)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import linalg
+from scipy.spatial.distance import cdist
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,3 +50,56 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     within_a = (aa.sum() - np.trace(aa)) / (n * (n - 1))
     within_b = (bb.sum() - np.trace(bb)) / (m * (m - 1))
     return float(within_a + within_b - 2 * ab.mean())
+
+
+def _radii(x: np.ndarray, groups: np.ndarray, neighbours: int) -> np.ndarray:
+    """Distance of every vector to its ``neighbours``-th nearest other group, the nearest vector of which counts."""
+    order = np.argsort(groups, kind="stable")
+    _, starts, place = np.unique(groups[order], return_index=True, return_inverse=True)
+    nearest = np.minimum.reduceat(cdist(x, x[order]), starts, axis=1)
+    own = np.empty(len(x), dtype=int)
+    own[order] = place
+    nearest[np.arange(len(x)), own] = np.inf
+    return np.partition(nearest, neighbours - 1, axis=1)[:, neighbours - 1]
+
+
+def manifold_measures(
+    real: np.ndarray,
+    fake: np.ndarray,
+    neighbours: int = 5,
+    real_groups: np.ndarray | None = None,
+    fake_groups: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2), density and coverage (Naeem et al. 2020, eq. 3 and 5).
+
+    The manifold of a set is the union of balls around its vectors, each reaching to the ``neighbours``-th nearest other
+    vector of the set. ``precision``: share of fakes in the real manifold; ``recall``: share of reals in the manifold of
+    the fakes; ``density``: mean number of real balls that a fake lies in, over ``neighbours`` (can exceed 1);
+    ``coverage``: share of real balls that hold a fake.
+
+    Frames of one clip are near-copies, whose balls would hold nothing but the next frame. So vectors may come in groups:
+    then a ball reaches to the ``neighbours``-th nearest other group, and in the density the balls of a group count as
+    one. With every vector a group of its own these are the published measures.
+
+    Args:
+        real, fake: features ``(N, D)`` and ``(M, D)``.
+        neighbours: 5, as recommended by Naeem et al.; 3 is that of Kynkäänniemi et al.
+        real_groups, fake_groups: ``(N,)`` and ``(M,)`` group of each vector; by default each its own.
+
+    Raises:
+        ValueError: a set has no more than ``neighbours`` groups.
+    """
+    groups = [np.arange(len(x)) if g is None else np.asarray(g) for x, g in ((real, real_groups), (fake, fake_groups))]
+    counts = [len(np.unique(g)) for g in groups]
+    if min(counts) <= neighbours:
+        raise ValueError(f"{neighbours} neighbours need more vectors (groups) than that on each side, not {counts[0]} and {counts[1]}")
+    radius_real, radius_fake = (_radii(x, g, neighbours) for x, g in zip((real, fake), groups, strict=True))
+    between = cdist(real, fake)
+    in_real = between < radius_real[:, None]
+    _, place, size = np.unique(groups[0], return_inverse=True, return_counts=True)
+    return {
+        "precision": float(in_real.any(axis=0).mean()),
+        "recall": float((between < radius_fake[None, :]).any(axis=1).mean()),
+        "density": float((in_real / size[place][:, None]).sum(axis=0).mean() / neighbours),
+        "coverage": float((between.min(axis=1) < radius_real).mean()),
+    }

@@ -1,4 +1,4 @@
-"""Measures of single images: sliced Wasserstein distance on a Laplacian pyramid, and power spectra."""
+"""Measures of single images: sliced Wasserstein distance on a Laplacian pyramid, MS-SSIM of pairs, and power spectra."""
 
 from __future__ import annotations
 
@@ -118,3 +118,40 @@ def spectrum_distance(real: np.ndarray, fake: np.ndarray) -> float:
     """Root mean square difference in decibels of two radial spectra ``(F,)``, over all frequencies but 0."""
     a, b = (10 * np.log10(spectrum[1:] + 1e-12) for spectrum in (real, fake))
     return float(np.sqrt(((a - b) ** 2).mean()))
+
+
+# Exponents of the scales (Wang et al. 2003, section 3.2), finest first.
+_MS_SSIM = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+
+def ms_ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Multi-scale structural similarity (Wang et al. 2003, eq. 7) of pairs of images, by torchmetrics.
+
+    Five scales from 176 px on. A smaller image has room for fewer under the 11 x 11 window (2 at 32 px, 3 at 64 px, 4 at
+    128 px); their exponents are then rescaled to the same sum, so figures compare only at one size.
+
+    Args:
+        a, b: ``(N, H, W, 3)`` uint8.
+
+    Returns:
+        ``(N,)``, 1 for equal images.
+
+    Raises:
+        ValueError: smaller than 11 px.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    side = min(a.shape[1:3])
+    if side < 11:
+        raise ValueError(f"MS-SSIM needs images of at least 11 px, not {side}")
+    scales = max(1, min(5, int(np.log2((side - 1) // 10)) + 1))
+    weights = np.array(_MS_SSIM[:scales]) * sum(_MS_SSIM) / sum(_MS_SSIM[:scales])
+    parts = []
+    for start in range(0, len(a), 64):
+        pair = [torch.from_numpy(np.ascontiguousarray(x[start : start + 64])).permute(0, 3, 1, 2).float() / 255 for x in (a, b)]
+        parts.append(
+            multiscale_structural_similarity_index_measure(
+                pair[0], pair[1], data_range=1.0, betas=tuple(weights), normalize="relu", reduction="none"
+            )
+        )
+    return torch.cat([torch.atleast_1d(p) for p in parts]).numpy()

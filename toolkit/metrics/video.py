@@ -37,33 +37,50 @@ def _sample(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     return cv2.remap(image, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def warping_error(clip: np.ndarray) -> float:
-    """Mean absolute difference of each frame and the next one warped back by optical flow, occlusions left out.
+def flow_figures(clip: np.ndarray) -> np.ndarray:
+    """What the optical flow of a clip tells, all from one computation of it.
 
-    Lai et al. 2018 (arXiv:1808.00449, eq. 10 and 11), with DIS flow and the forward-backward test of Sundaram et al.
-    2010. Frames smaller than 128 px are enlarged first, for the sake of the flow.
+    Frames smaller than 128 px are enlarged first, for the sake of the flow (DIS). Pixels that are occluded, by the
+    forward-backward test of Sundaram et al. 2010, are left out everywhere.
 
     Args:
         clip: ``(T, H, W, 3)`` uint8 with T at least 2.
 
     Returns:
-        The error in grey levels of 0..255; NaN when there is no pair of frames or every pixel is occluded.
+        ``(3,)`` float64, each a mean over the pairs of frames; NaN where T is too small or every pixel is occluded:
+
+        - warping error: mean absolute difference of a frame and the next one warped back, in grey levels of 0..255
+          (Lai et al. 2018, arXiv:1808.00449, eq. 10 and 11);
+        - speed: mean length of the flow, in per cent of the frame's side per frame;
+        - acceleration: mean length of the difference between a pixel's flow and its flow one frame later, followed along
+          the flow, in the unit of the speed. A pixel that moves on evenly has none.
     """
     scale = max(1.0, FLOW_SIZE / clip.shape[1])
     size = (round(clip.shape[2] * scale), round(clip.shape[1] * scale))
     frames = [cv2.resize(f, size, interpolation=cv2.INTER_CUBIC) if scale > 1 else f for f in clip]
     grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]
-    errors = []
+    errors, speeds, accelerations = [], [], []
+    before: tuple[np.ndarray, np.ndarray] | None = None
     for t in range(len(frames) - 1):
         forward, backward = _flow(grey[t], grey[t + 1]), _flow(grey[t + 1], grey[t])
-        returned = forward + _sample(backward, forward)
-        length = (forward**2).sum(-1) + (_sample(backward, forward) ** 2).sum(-1)
-        visible = (returned**2).sum(-1) <= 0.01 * length + 0.5
+        back = _sample(backward, forward)
+        visible = ((forward + back) ** 2).sum(-1) <= 0.01 * ((forward**2).sum(-1) + (back**2).sum(-1)) + 0.5
         height, width = visible.shape
         x = np.arange(width)[None, :] + forward[..., 0]
         y = np.arange(height)[:, None] + forward[..., 1]
         visible &= (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+        percent = 100.0 / max(height, width)
         if visible.any():
             difference = np.abs(frames[t].astype(np.float32) - _sample(frames[t + 1], forward).astype(np.float32)).mean(-1)
             errors.append(float(difference[visible].mean()))
-    return float(np.mean(errors)) if errors else float("nan")
+            speeds.append(percent * float(np.linalg.norm(forward[visible], axis=-1).mean()))
+        if before is not None and before[1].any():
+            change = np.linalg.norm(_sample(forward, before[0]) - before[0], axis=-1)
+            accelerations.append(percent * float(change[before[1]].mean()))
+        before = forward, visible
+    return np.array([float(np.mean(v)) if v else float("nan") for v in (errors, speeds, accelerations)])
+
+
+def warping_error(clip: np.ndarray) -> float:
+    """The warping error of :func:`flow_figures`: mean over unoccluded pixels, in grey levels of 0..255."""
+    return float(flow_figures(clip)[0])

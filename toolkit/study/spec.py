@@ -20,7 +20,9 @@ from toolkit.activations.registry import registry
 from toolkit.activations.spec import ActivationSpec
 from toolkit.data.manifest import Manifest
 from toolkit.errors import UserError, closest
+from toolkit.files import file_hash
 from toolkit.gan.data import open_manifest
+from toolkit.metrics.features import SPACES, FeatureSpace, feature_space
 
 REAL = "real"
 STRANGERS = "real, other people"
@@ -52,12 +54,14 @@ class DetectorOptions:
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """What every generator renders: ``count`` walks of ``frames`` frames past ``keyframes`` latents, and ``images``
-    independent images. 60 % of the walks train detectors, 20 % validate, 20 % test."""
+    """What every generator renders: ``count`` clips of ``frames`` frames, each the beginning of a looping walk of
+    ``period`` frames past ``keyframes`` latents, and ``images`` independent images. 60 % of the clips train detectors, 20 %
+    validate, 20 % test. With the default speed, frames of 32 px change about as much as those of people talking."""
 
-    count: int = 60
+    count: int = 100
     frames: int = 16
     keyframes: int = 3
+    period: int = 60
     images: int = 1024
 
 
@@ -76,7 +80,11 @@ class StudySpec:
         discriminator: rules of the discriminator's sites, for all.
         gan_share: share of the training identities that train the GANs; the rest train the detectors.
         gan, detector, clips: see their classes.
+        features: feature spaces that the distances are measured in, the main one first: random, trained (on the real
+            training frames at hand), inception@WEIGHTS or MODEL@WEIGHTS (a timm model).
         control: also train detectors on real against real, which must stay at chance.
+        robustness: also test every detector on test frames that were compressed, blurred, resized or noisy.
+        audit: also look for what could tell real from fake without a look at the face.
         prefer: providers to take bare activation names from.
     """
 
@@ -92,7 +100,10 @@ class StudySpec:
     gan: GANOptions = field(default_factory=GANOptions)
     detector: DetectorOptions = field(default_factory=DetectorOptions)
     clips: ClipOptions = field(default_factory=ClipOptions)
+    features: tuple[str, ...] = ("random", "trained")
     control: bool = True
+    robustness: bool = True
+    audit: bool = True
     prefer: tuple[str, ...] = ()
 
     @classmethod
@@ -122,7 +133,7 @@ class StudySpec:
         """Raise :class:`UserError` unless the values make sense together."""
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
             raise UserError(f"{path}: name {self.name!r} must be letters, digits, - and _: it names a folder")
-        for what in ("generators", "seeds", "upsampling"):
+        for what in ("generators", "seeds", "upsampling", "features"):
             if not getattr(self, what):
                 raise UserError(f"{path}: {what} is empty")
         if len(set(self.seeds)) < len(self.seeds):
@@ -146,6 +157,17 @@ class StudySpec:
                 raise UserError(f"{path}: {name} must be at least 1, not {value}")
         if self.clips.count < 10 or self.clips.frames < 3 or self.clips.keyframes < 2:
             raise UserError(f"{path}: clips needs a count of at least 10, frames of at least 3 and keyframes of at least 2")
+        for text in self.features:
+            name, _, file = text.partition("@")
+            if not file and text not in ("random", "trained"):
+                raise UserError(f"{path}: unknown feature space {text!r}; known: {SPACES}")
+            if file and not Path(file).expanduser().is_file():
+                raise UserError(f"{path}: the weights {file} of the feature space {name} are not there; nothing is fetched")
+        names = [text.partition("@")[0] for text in self.features]
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: features has a name twice")
+        if self.clips.period < self.clips.frames:
+            raise UserError(f"{path}: clips.period, the frames of a whole loop, must not be less than clips.frames")
         self.networks()
 
     def networks(self) -> dict[str, dict[str, Any]]:
@@ -219,7 +241,8 @@ class Cell:
     """One point of the grid.
 
     Attributes:
-        kind: ``real`` (the real-against-real floor), ``gan`` or ``detector``.
+        kind: ``features`` (a network trained on the data at hand), ``real`` (the real-against-real floor), ``gan``,
+            ``quality`` (measures of what a GAN makes), ``detector``, ``robustness`` (of a detector) or ``audit``.
         label: the generator (for a detector: what it is trained on).
         seed: of the training.
         options: everything else that determines it.
@@ -241,7 +264,8 @@ class Cell:
     @property
     def title(self) -> str:
         """What progress displays call it."""
-        return "real clips" if self.kind == "real" else f"{self.kind} {self.label}, seed {self.seed}"
+        named = {"real": "real clips", "features": "feature network", "audit": "shortcut audit"}
+        return named.get(self.kind) or f"{self.kind} {self.label}, seed {self.seed}"
 
 
 @dataclass
@@ -298,22 +322,51 @@ class Study:
             "image_size": spec.image_size,
         }
         clips = dataclasses.asdict(spec.clips)
-        cells = [Cell("real", REAL, 0, {"data": data, "clips": clips})]
         gan = {k: v for k, v in dataclasses.asdict(spec.gan).items() if k != "model"}
         detector = dataclasses.asdict(spec.detector)
+        measured = {"data": data, "clips": clips, "measures": self._measures()}
+        cells: list[Cell] = []
+        network: tuple[str, ...] = ()
+        if "trained" in spec.features:
+            cells.append(Cell("features", "trained", 0, {"data": data}))
+            network = (cells[-1].key,)
+        cells.append(Cell("real", REAL, 0, measured, network))
         made: dict[tuple[str, int], str] = {}
+        quality = []
         for seed in spec.seeds:
             for label, model in spec.networks().items():
                 cell = Cell("gan", label, seed, {"data": data, "clips": clips, "training": gan, "model": model})
                 made[label, seed] = cell.key
                 cells.append(cell)
+                quality.append(Cell("quality", label, seed, measured, (cell.key, *network)))
+        cells += quality
         for seed in spec.seeds:
             needs = tuple(made[label, seed] for label in spec.networks())
+            options = {"data": data, "training": detector, "clip_frames": spec.clips.frames}
+            tests = []
             for label in spec.networks():
-                cells.append(Cell("detector", label, seed, {"data": data, "training": detector}, needs))
+                cells.append(Cell("detector", label, seed, options, needs))
+                tests.append(Cell("robustness", label, seed, options, (cells[-1].key, made[label, seed])))
             if spec.control:
-                cells.append(Cell("detector", CONTROL, seed, {"data": data, "training": detector}))
+                cells.append(Cell("detector", CONTROL, seed, options))
+            cells += tests if spec.robustness else []
+        if spec.audit:
+            needs = tuple(made[label, spec.seeds[0]] for label in spec.networks())
+            cells.append(Cell("audit", "audit", 0, {"data": data, "clip_frames": spec.clips.frames}, needs))
         return cells
+
+    def _measures(self) -> dict[str, Any]:
+        """What quality is measured with: names of the measures, and spaces with the hash of their weights' file."""
+        from toolkit.metrics import all_measures
+
+        files = (text.partition("@") for text in self.spec.features)
+        spaces = [name + (f"@{file_hash(Path(file).expanduser())}" if file else "") for name, _, file in files]
+        return {"names": [m.name for m in all_measures()], "spaces": spaces}
+
+    def spaces(self) -> list[FeatureSpace]:
+        """The feature spaces of the spec; the trained one must have been trained."""
+        trained = next((self.path(c) / "features.pt" for c in self.cells() if c.kind == "features"), None)
+        return [feature_space(text, trained) for text in self.spec.features]
 
     def path(self, cell: Cell | str) -> Path:
         """The folder of a cell."""
