@@ -19,11 +19,11 @@ from scipy import stats
 
 from toolkit import Manifest, UserError, results_table
 from toolkit.cli import run
-from toolkit.study.answer import compare, holm, sentence
+from toolkit.study.answer import sentence
+from toolkit.study.compare import compare, effects, holm, over_seeds, paired_p
 from toolkit.study.engine import claim
 from toolkit.study.report import page_data
 from toolkit.study.spec import Study, StudySpec
-from toolkit.study.table import over_seeds, paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,14 +65,17 @@ def finished(puppets: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_every_cell_has_its_folder_and_files(finished: tuple[Path, Path], puppets: Manifest) -> None:
     spec, folder = finished
     study = Study(StudySpec.load(spec), folder)
-    assert [c.kind for c in study.cells()] == ["real"] + 4 * ["gan"] + ["detector", "detector", "detector"] * 2
+    of_seed = 3 * ["detector"] + 2 * ["robustness"]
+    assert [c.kind for c in study.cells()] == ["features", "real"] + 4 * ["gan"] + 4 * ["quality"] + 2 * of_seed + ["audit"]
     for cell in study.cells():
         path = study.path(cell)
         result = json.loads((path / "result.json").read_text())
         assert result["status"] == "done", result
         assert json.loads((path / "cell.json").read_text())["key"] == cell.key == path.name
         if cell.kind == "gan":
-            assert {"walk.webm", "grid.png", "clips.npy", "checkpoints"} <= {p.name for p in path.iterdir()}
+            assert {"walk.webm", "grid.png", "clips.npy", "images.npy", "images-best.npy", "checkpoints"} <= {
+                p.name for p in path.iterdir()
+            }
             assert {c[1] for c in result["curves"]} >= {"val/frechet", "loss/generator"}
             assert result["sites"]["generator"]["up1.act"].startswith("toolkit_builtin/")
 
@@ -95,12 +98,25 @@ def test_results_table_is_tidy(finished: tuple[Path, Path]) -> None:
     ]
     assert list(table.columns)[:12] == expected
     assert set(table["generator"]) == {"real", "real, other people", "relu", "tanh", ""}
-    pairs = table[(table["metric"] == "frame auc") & (table["trained_on"] != "control")]
+    pairs = table[(table["metric"] == "frame auc") & (table["trained_on"] != "control") & (table["perturbation"] == "")]
     assert len(pairs) == 2 * 2 * 2  # seeds x trained on x tested on
     assert ((pairs["value"] >= 0) & (pairs["value"] <= 1)).all()
     assert (pairs["n"] == 6).all()  # 4 real test clips and 2 walks: videos, not frames
     floor = table[table["generator"] == "real"]
-    assert set(floor["metric"]) == set(table[table["generator"] == "relu"]["metric"])
+    made = table[(table["generator"] == "relu") & (table["checkpoint"] == "final")]
+    assert set(floor["metric"]) == set(made["metric"])
+    value = dict(zip(floor["metric"], floor["value"], strict=True))
+    for row in made.itertuples():
+        assert row.floor == value[row.metric] or (np.isnan(row.floor) and np.isnan(value[row.metric]))
+        assert row.n > 0
+        assert (row.space != "") == ("[" in row.metric)
+    assert set(made["space"].str.split().str[0].dropna()) == {"random", "trained"}
+    assert set(table[(table["generator"] == "relu") & (table["checkpoint"] == "best")]["metric"]) < set(made["metric"])
+    spoiled = table[table["perturbation"] != ""]
+    assert spoiled.groupby("perturbation")["level"].nunique().to_dict() == {"blur": 4, "h264": 4, "jpeg": 8, "noise": 4, "resize": 4}
+    control = table[(table["trained_on"] == "control") & (table["metric"] == "video brier")].set_index("seed")["value"]
+    own = table[(table["trained_on"] == "relu") & (table["metric"] == "video brier")]
+    assert (own["floor"] == own["seed"].map(control)).all()
     pd.testing.assert_frame_equal(results_table(finished[1]), table)
 
 
@@ -129,18 +145,25 @@ def test_report_is_one_self_contained_page(finished: tuple[Path, Path]) -> None:
     assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]+\"", markup)  # nothing is loaded from anywhere
     assert page.count("data:video/webm;base64,") == 3  # real, relu, tanh
     plots = page_data(page)
-    assert set(plots) == {"scatter", "matrix", "measures", "curves", "health"}
+    assert set(plots) == {"scatter", "matrix", "measures", "curves", "health", "robustness"}
     table = pd.read_parquet(finished[1] / "results.parquet")
-    mean = table[(table["metric"] == "frame auc") & (table["trained_on"] == "relu") & (table["tested_on"] == "tanh")]["value"].mean()
+    frame_auc = table[(table["metric"] == "frame auc") & (table["perturbation"] == "")]
+    mean = frame_auc[(frame_auc["trained_on"] == "relu") & (frame_auc["tested_on"] == "tanh")]["value"].mean()
     matrix = plots["matrix"]["data"][0]
     assert matrix["z"][matrix["y"].index("relu")][matrix["x"].index("tanh")] == pytest.approx(mean)
-    assert page.count("<tr><td>") == len(table)
+    transfer = (table["trained_on"] != table["tested_on"]) & (table["metric"] != "frame auc") & (table["trained_on"] != "control")
+    assert page.count('<tr class="figure">') == int(((table["perturbation"] == "") & ~transfer).sum())
+    assert page.count('<tr class="effect">') == table[table["perturbation"] == ""].dropna(subset="value")["metric"].nunique()
+    assert "A classifier that sees metadata only reaches an AUC of" in page
+    assert markup.count('alt="Grad-CAM, ') == 2
+    written = pd.read_csv(finished[1] / "differences.csv")
+    assert page.count('<tr class="difference">') == len(written)
 
 
 def test_status_and_partial_report(puppets: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = write(tmp_path / "s.yaml", spec_for(puppets.root))
     assert run(["study", "status", str(spec), "--out", str(tmp_path / "none")]) == 0
-    assert "0 of 11 cells done" in capsys.readouterr().out
+    assert "0 of 21 cells done" in capsys.readouterr().out
     with pytest.raises(UserError, match="no finished cell"):
         run(["study", "report", str(spec), "--out", str(tmp_path / "none")])
 
@@ -149,11 +172,12 @@ def test_a_failing_cell_spares_the_rest_and_is_tried_again(puppets: Manifest, tm
     plan = spec_for(puppets.root, seeds=[0], control=False)
     plan["detector"] = {**plan["detector"], "augmentations": {"flip": 0.5, "nonsense": 1.0}}  # type: ignore[dict-item]
     spec = write(tmp_path / "s.yaml", plan)
-    with pytest.raises(UserError, match=r"2 of 5 cells failed; detector relu, seed 0: TypeError.*nonsense"):
+    with pytest.raises(UserError, match=r"2 of 12 cells failed; detector relu, seed 0: TypeError.*nonsense"):
         run(["study", "run", str(spec), "--out", str(tmp_path / "out"), "--workers", "1"])
     assert (tmp_path / "out" / "report.html").is_file()
     study = Study(StudySpec.load(spec), tmp_path / "out")
-    assert sum(study.is_done(c) for c in study.cells()) == 3
+    assert sum(study.is_done(c) for c in study.cells()) == 7  # robustness waits for the detectors
+    assert (tmp_path / "out" / "results.parquet").is_file()
 
 
 @pytest.mark.slow
@@ -203,7 +227,7 @@ def test_key_follows_everything_that_determines_a_cell(puppets: Manifest, tmp_pa
     assert keys(question="another", name="other") == base
     assert len(set(keys(gan_share=0.5)) & set(base)) == 0
     more = keys(generators={"relu": {"*": "relu", "output": "tanh"}, "tanh": {"*": "tanh"}, "elu": {"*": "elu"}})
-    assert set(base[:5]) <= set(more)  # what is trained already stays trained
+    assert set(base[:10]) <= set(more)  # what is trained already stays trained
     alias = keys(generators={"relu": {"*": "toolkit_builtin/relu", "output": "tanh"}, "tanh": {"*": {"name": "tanh"}}})
     assert alias == base
 
@@ -253,17 +277,101 @@ def table_of(values: dict[str, list[float]]) -> pd.DataFrame:
 def test_comparison_finds_a_real_difference_and_admits_none() -> None:
     rng = np.random.default_rng(0)
     seeds = rng.normal(0, 1, 5)  # seeds differ more than generators do: only pairing shows the difference
-    clear = compare(table_of({"a": list(seeds), "b": list(seeds + 0.5 + rng.normal(0, 0.02, 5)), "real": [9.0] * 5}), "m")
+    values = {"a": list(seeds), "b": list(seeds + 0.5 + rng.normal(0, 0.02, 5)), "c": list(seeds + 0.5 + rng.normal(0, 0.02, 5))}
+    clear = compare(table_of(values), "m")
     assert clear is not None
-    assert clear.shown == ["b"]
-    assert "is shown for b" in sentence(clear, "best", "worst")
-    assert "real" not in clear.means
+    assert [(row.a, row.b) for row in clear.shown.itertuples()] == [("a", "b"), ("a", "c")]
+    assert "shown for 2 of 3 pairs: a from b, a from c" in sentence(clear, "best", "worst")
     noise = compare(table_of({g: list(rng.normal(0, 1, 3)) for g in "abcd"}), "m")
     assert noise is not None
-    assert "No difference between activations is shown" in sentence(noise, "best", "worst")
+    assert "No difference is shown" in sentence(noise, "best", "worst")
     single = compare(table_of({"a": [1.0], "b": [2.0]}), "m")
     assert single is not None
     assert "With one seed nothing can be said" in sentence(single, "best", "worst")
+    assert compare(table_of({"a": [1.0, 2.0]}), "m") is None
+
+
+def test_pairs_equal_scipy_and_holm_is_over_all_of_them() -> None:
+    rng = np.random.default_rng(1)
+    values = {g: list(rng.normal(i, 1, 6)) for i, g in enumerate("abc")}
+    found = compare(table_of(values), "m")
+    assert found is not None
+    for row in found.pairs.itertuples():
+        theirs = stats.ttest_rel(values[row.a], values[row.b])
+        assert row.p == pytest.approx(theirs.pvalue, rel=1e-9)
+        low, high = theirs.confidence_interval()
+        assert (row.low, row.high) == pytest.approx((low, high), rel=1e-9)
+    assert found.pairs["p_holm"].tolist() == pytest.approx(holm(found.pairs["p"].tolist()).tolist())
+    assert np.isnan(paired_p(np.array([0.3, 0.3, 0.3])))  # a measure at its limit proves nothing
+
+
+def crossed(effect_a: float, effect_b: float, noise: float, seeds: int = 3) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(
+        [
+            {"activation": f"a{a}", "upsampling": f"b{b}", "seed": s, "value": effect_a * a + effect_b * b + 3 * s + rng.normal(0, noise)}
+            for a in range(3)
+            for b in range(2)
+            for s in range(seeds)
+        ]
+    )
+
+
+def test_effects_by_hand() -> None:
+    # One factor, two levels, two blocks: 1, 3 / 2, 6. Grand mean 3: SS factor 9, block 4, rest 1, total 14.
+    rows = pd.DataFrame({"activation": ["a", "b", "a", "b"], "upsampling": "u", "seed": [0, 0, 1, 1], "value": [1.0, 3.0, 2.0, 6.0]})
+    found = effects(rows)
+    assert found is not None
+    by = found.set_index("source")
+    assert by.loc["activation", ["share", "df", "F", "range"]].tolist() == pytest.approx([9 / 14, 1, 9.0, 3.0])
+    assert by.loc["seed", "share"] == pytest.approx(4 / 14)
+    assert by.loc["rest", "share"] == pytest.approx(1 / 14)
+    assert by.loc["activation", "p"] == pytest.approx(stats.ttest_rel([1, 2], [3, 6]).pvalue)  # F = t^2 with two levels
+
+
+def test_effects_equal_the_extra_sum_of_squares_of_regressions() -> None:
+    rows = crossed(1.0, 0.3, 0.5)
+    found = effects(rows)
+    assert found is not None
+    by = found.set_index("source")
+
+    def residual(*columns: str) -> float:
+        parts = [np.ones((len(rows), 1))]
+        for column in columns:
+            values = rows["activation"] + rows["upsampling"] if column == "joint" else rows[column]
+            parts.append(pd.get_dummies(values).to_numpy(float))
+        design = np.concatenate(parts, axis=1)
+        fit = design @ np.linalg.lstsq(design, rows["value"].to_numpy(), rcond=None)[0]
+        return float(((rows["value"] - fit) ** 2).sum())
+
+    total = float(((rows["value"] - rows["value"].mean()) ** 2).sum())
+    additive = residual("activation", "upsampling", "seed")
+    assert by.loc["activation", "share"] == pytest.approx((residual("upsampling", "seed") - additive) / total)
+    assert by.loc["upsampling", "share"] == pytest.approx((residual("activation", "seed") - additive) / total)
+    assert by.loc["activation x upsampling", "share"] == pytest.approx((additive - residual("joint", "seed")) / total)
+    assert by["share"].sum() == pytest.approx(1)
+    assert by.loc["activation", "p"] < 0.001
+
+
+def test_effects_are_refused_where_the_design_has_holes() -> None:
+    rows = crossed(1.0, 0.3, 0.5)
+    missing = rows[~((rows["activation"] == "a0") & (rows["upsampling"] == "b0"))]
+    assert effects(missing) is None
+    one_block_less = effects(rows.drop(index=0))
+    assert one_block_less is not None
+    assert one_block_less.set_index("source").loc["seed", "df"] == 1
+    assert effects(rows[rows["seed"] == 0]) is None
+
+
+def test_false_alarms_are_as_rare_as_promised() -> None:
+    """Five equal generators, three seeds: Holm keeps the chance of any false claim in a measure near 5 %."""
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(200):
+        found = compare(table_of({g: list(rng.normal(0, 1, 3)) for g in "abcde"}), "m")
+        assert found is not None
+        alarms += bool(len(found.shown))
+    assert alarms / 200 < 0.09
 
 
 def test_intervals_over_seeds_equal_scipy() -> None:
@@ -271,8 +379,6 @@ def test_intervals_over_seeds_equal_scipy() -> None:
     low, high = stats.t.interval(0.95, 3, loc=x.mean(), scale=stats.sem(x))
     assert over_seeds(x) == pytest.approx((x.mean(), low, high, 4))
     assert np.isnan(over_seeds(np.array([1.0]))[1])
-    table = table_of({"a": [1.0, 2.0, 3.0], "b": [0.5, 1.0, 2.5]})
-    assert paired_difference(table, "m", "a", "b")[0] == pytest.approx(np.mean([0.5, 1.0, 0.5]))
 
 
 @pytest.mark.browser
@@ -313,7 +419,7 @@ def test_report_in_a_browser(finished: tuple[Path, Path], chromium: str, tmp_pat
     match = re.search(r'<p id="probe">(.*?)</p>', dumped)
     assert match, dumped[-500:]
     found = json.loads(match[1])
-    assert found["drawn"] == found["places"] == 5
+    assert found["drawn"] == found["places"] == 6
     assert found["videos"]
     assert all(w > 0 for w in found["videos"])
     assert found["wide"] <= found["inner"] + 1

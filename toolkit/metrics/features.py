@@ -114,12 +114,12 @@ class DenoisingAutoencoder(nn.Module):
         return self.decoder(self(x))
 
 
-def train_features(images: np.ndarray, *, steps: int = 1500, batch_size: int = 64, seed: int = 0) -> DenoisingAutoencoder:
+def train_features(images: np.ndarray, *, steps: int | None = None, batch_size: int = 64, seed: int = 0) -> DenoisingAutoencoder:
     """Train the feature network of the dataset at hand on its real training frames.
 
     Args:
         images: ``(N, H, W, 3)`` uint8 real frames; none that a measure shall be blind to.
-        steps: updates with Adam.
+        steps: updates with Adam; by default 80 passes over the images, but at least 300 and at most 1500 updates.
         batch_size: images in each.
         seed: of weights, order, flips and noise; the same seed gives the same network.
 
@@ -131,6 +131,8 @@ def train_features(images: np.ndarray, *, steps: int = 1500, batch_size: int = 6
     """
     if not len(images):
         raise UserError("a feature network cannot be trained on no images")
+    if steps is None:
+        steps = int(np.clip(80 * len(images) / batch_size, 300, 1500))
     rng = np.random.default_rng([seed, 0xDAE])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

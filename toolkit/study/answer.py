@@ -3,95 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from toolkit.study.compare import Comparison, compare, effects, over_seeds
 from toolkit.study.spec import CONTROL, REAL, STRANGERS
-from toolkit.study.table import over_seeds
 
 DETECTABILITY = "frame auc"
-QUALITY = "Fréchet distance"
+FACTORS = ("activation", "upsampling")
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Holm's (1979) adjusted p-values of a family of tests; NaN entries stay NaN and do not count."""
-    p = np.asarray(p_values, dtype=float)
-    adjusted = np.full(len(p), np.nan)
-    order = [i for i in np.argsort(p, kind="stable") if np.isfinite(p[i])]
-    running = 0.0
-    for rank, place in enumerate(order):
-        running = max(running, (len(order) - rank) * p[place])
-        adjusted[place] = min(1.0, running)
-    return adjusted
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Every generator beside the one with the best mean, in one measure.
-
-    Attributes:
-        metric: the measure.
-        means: label -> (mean over seeds, low, high, seeds), best first.
-        differences: label -> (its value minus the best one's: mean, low, high, seeds).
-        p: label -> p-value of the paired t-test on that difference, after Holm's correction.
-    """
-
-    metric: str
-    means: dict[str, tuple[float, float, float, int]]
-    differences: dict[str, tuple[float, float, float, int]]
-    p: dict[str, float]
-
-    @property
-    def shown(self) -> list[str]:
-        """Labels whose difference from the best is significant at 5 % after the correction."""
-        return [label for label, p in self.p.items() if p < 0.05]
+def quality_metric(table: pd.DataFrame) -> str:
+    """The measure that stands for quality: the Fréchet distance in the study's first feature space."""
+    names = [name for name in table["metric"].unique() if name.startswith("Fréchet distance")]
+    return str(names[0]) if names else ""
 
 
 def own_detection(table: pd.DataFrame, metric: str = DETECTABILITY) -> pd.DataFrame:
     """Rows of detectors tested on the generator they were trained on, with that generator in ``generator``."""
-    rows = table[(table["metric"] == metric) & (table["trained_on"] == table["tested_on"]) & ~table["trained_on"].isin(["", CONTROL])]
+    rows = table[(table["metric"] == metric) & (table["trained_on"] == table["tested_on"]) & (table["perturbation"] == "")]
+    rows = rows[~rows["trained_on"].isin(["", CONTROL])]
     return rows.assign(generator=rows["trained_on"])
 
 
-def compare(rows: pd.DataFrame, metric: str, lower_is_better: bool = True) -> Comparison | None:
-    """Compare generators in one measure, paired by seed.
+def of_generators(table: pd.DataFrame, metric: str, checkpoint: str = "final") -> pd.DataFrame:
+    """Rows of ``metric`` for generators, the real ones left out; of detection measures, those of each one's own detector."""
+    rows = table[(table["metric"] == metric) & (table["checkpoint"] == checkpoint) & ~table["generator"].isin([REAL, STRANGERS, ""])]
+    return rows if len(rows) or checkpoint != "final" else own_detection(table, metric)
 
-    Args:
-        rows: with ``generator, seed, value``; the real floor is left out.
-        metric: name for the result.
-        lower_is_better: whether the lowest mean comes first.
 
-    Returns:
-        None with fewer than two generators.
+def distance_to_ideal(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with lower values for better ones: as they are, negated, or |value - real clips' value|, as the measure wants."""
+    if rows.empty:
+        return rows
+    better = rows["better"].iloc[0]
+    if better == "real":
+        return rows.assign(value=(rows["value"] - rows["floor"]).abs())
+    return rows.assign(value=-rows["value"]) if better == "higher" else rows
+
+
+def comparisons(table: pd.DataFrame) -> dict[tuple[str, str], Comparison]:
+    """``(metric, factor)`` -> the comparison of that factor's levels, paired over everything else that was varied.
+
+    Measures where like-real is the ideal are compared by their distance from the real clips' figure.
     """
-    wide = rows[~rows["generator"].isin([REAL, STRANGERS])].pivot_table(
-        index="generator", columns="seed", values="value", aggfunc="mean", sort=False
-    )
-    wide = wide.dropna(how="all")
-    if len(wide) < 2:
-        return None
-    order = wide.mean(axis=1).sort_values(ascending=lower_is_better).index
-    best = wide.loc[order[0]]
-    differences, raw = {}, {}
-    for label in order[1:]:
-        delta = (wide.loc[label] - best).dropna().to_numpy()
-        differences[str(label)] = over_seeds(delta)
-        enough = len(delta) >= 2 and delta.std(ddof=1) > 0
-        raw[str(label)] = float(stats.ttest_1samp(delta, 0.0).pvalue) if enough else float("nan")
-    adjusted = holm(list(raw.values()))
-    means = {str(label): over_seeds(wide.loc[label].to_numpy()) for label in order}
-    return Comparison(metric, means, differences, dict(zip(raw, adjusted.tolist(), strict=True)))
+    crossed = [f for f in FACTORS if table.loc[table[f] != "", f].nunique() > 1]
+    found: dict[tuple[str, str], Comparison] = {}
+    for metric in table.loc[(table["perturbation"] == ""), "metric"].unique():
+        rows = of_generators(table, metric)
+        for factor in crossed:
+            block = ["seed", *(f for f in crossed if f != factor)]
+            lower = bool(len(rows)) and rows["better"].iloc[0] != "higher"
+            values = distance_to_ideal(rows) if len(rows) and rows["better"].iloc[0] == "real" else rows
+            comparison = compare(values, metric, factor=factor, block=block, lower_is_better=lower) if len(values) else None
+            if comparison is not None:
+                found[metric, factor] = comparison
+    return found
+
+
+def differences(found: dict[tuple[str, str], Comparison]) -> pd.DataFrame:
+    """All pairs of all comparisons as one table: ``metric, factor`` and the columns of :attr:`Comparison.pairs`."""
+    parts = [c.pairs.assign(metric=metric, factor=factor) for (metric, factor), c in found.items()]
+    columns = ["metric", "factor", "a", "b", "difference", "low", "high", "n", "p", "p_holm"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def interval(figure: tuple[float, float, float, int], digits: int = 3, bounds: tuple[float, float] = (-np.inf, np.inf)) -> str:
-    """``1.23 (95% interval 1.10 to 1.36, 3 seeds)``; the interval is cut at ``bounds``, which the figure cannot leave."""
-    mean, low, high, n = figure
+    """``1.23 (95% interval 1.10 to 1.36)``; the interval is cut at ``bounds``, which the figure cannot leave."""
+    mean, low, high, _ = figure
     low, high = max(low, bounds[0]), min(high, bounds[1])
-    seeds = f"{n} seed{'s' if n != 1 else ''}"
-    return f"{mean:.{digits}g} ({f'95% interval {low:.{digits}g} to {high:.{digits}g}, ' if np.isfinite(low) else ''}{seeds})"
+    return f"{mean:.{digits}g}" + (f" (95% interval {low:.{digits}g} to {high:.{digits}g})" if np.isfinite(low) else "")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n != 1 else ''}"
 
 
 def sentence(comparison: Comparison, best_word: str, worst_word: str, bounds: tuple[float, float] = (-np.inf, np.inf)) -> str:
@@ -101,72 +87,127 @@ def sentence(comparison: Comparison, best_word: str, worst_word: str, bounds: tu
     n = comparison.means[first][3]
     text = (
         f"{best_word}: {first}, {comparison.metric} {interval(comparison.means[first], bounds=bounds)}; "
-        f"{worst_word}: {last}, {interval(comparison.means[last], bounds=bounds)}. "
+        f"{worst_word}: {last}, {interval(comparison.means[last], bounds=bounds)} (means of {_count(n, 'training')}). "
     )
     if n < 2:
         return text + "With one seed nothing can be said about the difference: it may be the seed's."
-    if comparison.shown:
-        rest = [label for label in labels[1:] if label not in comparison.shown]
-        text += f"The difference from {first} is shown for {', '.join(comparison.shown)} (paired over {n} seeds, Holm-corrected p < 0.05)"
-        return text + (f"; it is not shown for {', '.join(rest)}." if rest else ".")
+    shown = comparison.shown
+    if len(shown):
+        pairs = ", ".join(f"{row.a} from {row.b}" for row in shown.itertuples())
+        most = f"{len(shown)} of {len(comparison.pairs)} pairs"
+        return text + f"A difference is shown for {most}: {pairs} (paired over {n} trainings, Holm-corrected p < 0.05)."
+    pair = comparison.pairs[(comparison.pairs["a"] == first) & (comparison.pairs["b"] == last)].iloc[0]
     reach = bounds[1] - bounds[0]
-    low, high = (float(np.clip(v, -reach, reach)) for v in comparison.differences[last][1:3])
+    low, high = sorted(float(np.clip(-v, -reach, reach)) for v in (pair["low"], pair["high"]))
     return text + (
-        f"No difference between activations is shown: paired over {n} seeds, that between these two lies between "
-        f"{low:.3g} and {high:.3g}, and no pair stays below p = 0.05 after Holm's correction."
-        + (" With so few seeds only very large effects could be." if n < 4 else "")
+        f"No difference is shown: paired over {n} trainings, that between these two lies between {low:.3g} and {high:.3g}, "
+        "and no pair stays below p = 0.05 after Holm's correction." + (" So few could only show very large effects." if n < 4 else "")
     )
 
 
-def spread_ratio(rows: pd.DataFrame) -> float:
-    """Standard deviation between generators' means over that between seeds of one generator; above 1, choice beats chance."""
-    wide = rows[~rows["generator"].isin([REAL, STRANGERS])].pivot_table(index="generator", columns="seed", values="value", aggfunc="mean")
-    if wide.shape[0] < 2 or wide.shape[1] < 2:
-        return float("nan")
-    within = float(np.sqrt(np.nanmean(wide.var(axis=1, ddof=1))))
-    return float(wide.mean(axis=1).std(ddof=1)) / within if within > 0 else float("inf")
+def _shares(rows: pd.DataFrame) -> str:
+    found = effects(rows, FACTORS)
+    if found is None:
+        return ""
+    parts = []
+    for row in found.itertuples():
+        if row.source == "seed":
+            parts.append(f"the seed {row.share:.0%}")
+        elif row.source == "rest":
+            parts.append(f"chance the remaining {row.share:.0%}")
+        else:
+            p = f" (p {'< 0.001' if row.p < 0.001 else f'= {row.p:.3f}'})" if np.isfinite(row.p) else ""
+            name = "their interaction" if " x " in row.source else f"the {row.source}"
+            parts.append(f"{name} explains {row.share:.0%}{p}" if not parts else f"{name} {row.share:.0%}{p}")
+    return "Of the variance between trainings " + ", ".join(parts) + "."
 
 
-def answer(table: pd.DataFrame) -> list[str]:
-    """The report's first paragraphs: quality, detectability, the control, and how far the seeds carry."""
+def answer(table: pd.DataFrame, found: dict[tuple[str, str], Comparison] | None = None) -> list[str]:
+    """The report's first paragraphs: quality, detectability, what the upsampling did beside it, the control.
+
+    Args:
+        table: of the study.
+        found: the result of :func:`comparisons`, if it is at hand.
+
+    Returns:
+        Paragraphs that begin with a headline and a full stop.
+    """
+    found = comparisons(table) if found is None else found
     lines = []
-    quality = table[(table["metric"] == QUALITY) & (table["generator"] != "")]
-    if comparison := compare(quality, QUALITY):
-        lines.append("Quality of the frames. " + sentence(comparison, "Closest to the real training frames", "farthest"))
-        ratio = spread_ratio(quality)
-        if np.isfinite(ratio):
-            lines.append(
-                f"Activations against chance. The mean {QUALITY} varies {ratio:.1f} times as much between activations as between seeds "
-                "of one activation."
-            )
-    detection = own_detection(table)
-    if comparison := compare(detection, "frame AUC"):
-        lines.append(
-            "Detection. For detectors tested on the generator they were trained on: "
-            + sentence(comparison, "hardest to detect", "easiest", bounds=(0, 1))
-        )
-    matrix = table[(table["metric"] == DETECTABILITY) & ~table["trained_on"].isin(["", CONTROL])]
-    if not matrix.empty:
-        same = matrix[matrix["trained_on"] == matrix["tested_on"]]["value"].mean()
-        other = matrix[matrix["trained_on"] != matrix["tested_on"]]["value"].mean()
-        if np.isfinite(other):
-            lines.append(
-                f"Transfer. A detector's frame AUC averages {same:.3f} on fakes of its own generator and {other:.3f} on those of the "
-                f"other activations."
-            )
-    control = table[(table["trained_on"] == CONTROL) & (table["metric"] == DETECTABILITY)]
-    if not control.empty:
-        mean, low, high, n = over_seeds(control["value"])
-        videos = int(control["n"].min())
-        chance = all(not (row.ci_low > 0.5 or row.ci_high < 0.5) for row in control.itertuples())
-        lines.append(
-            "Control. A detector trained on real people against other real people reaches a frame AUC of "
-            f"{interval((mean, low, high, n), bounds=(0, 1))} "
-            f"on {videos} test videos; chance is 0.5. "
-            + (
-                "It does not stand apart from chance."
-                if chance
-                else "In at least one seed it stands apart from chance: treat the detection figures with care."
-            )
-        )
+    metric = quality_metric(table)
+    words: Sequence[tuple[str, str, str, str, tuple[float, float]]] = (
+        ("Quality", metric, "closest to the real training frames", "farthest", (0, np.inf)),
+        ("Detection", DETECTABILITY, "hardest to detect by its own detector", "easiest", (0, 1)),
+    )
+    for title, name, best, worst, bounds in words:
+        for factor in FACTORS:
+            comparison = found.get((name, factor))
+            if comparison is None:
+                continue
+            if name == DETECTABILITY:
+                comparison = _turned(comparison)
+            lines.append(f"{title} by {factor}. {_capital(sentence(comparison, best, worst, bounds))}")
+        if (name, "upsampling") in found and (text := _shares(of_generators(table, name))):
+            lines.append(f"{title}, activation beside upsampling. {text}")
+    lines += _best_against_final(table, metric) + _transfer(table) + _control_line(table)
     return lines
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _turned(comparison: Comparison) -> Comparison:
+    """The same with the order of the levels reversed."""
+    pairs = comparison.pairs.rename(columns={"a": "b", "b": "a"}).assign(difference=-comparison.pairs["difference"])
+    pairs = pairs.assign(low=-comparison.pairs["high"], high=-comparison.pairs["low"])
+    return Comparison(comparison.metric, comparison.factor, dict(reversed(comparison.means.items())), pairs)
+
+
+def _best_against_final(table: pd.DataFrame, metric: str) -> list[str]:
+    final, best = (of_generators(table, metric, c).set_index(["generator", "seed"])["value"] for c in ("final", "best"))
+    both = pd.concat([final, best], axis=1, keys=["final", "best"]).dropna()
+    if both.empty:
+        return []
+    mean, low, high, n = over_seeds((both["final"] - both["best"]).to_numpy())
+    same = int((both["final"] == both["best"]).sum())
+    return [
+        f"Best checkpoint. Chosen on validation people, it is better than the final one by {mean:.3g} in the mean "
+        f"({low:.3g} to {high:.3g}, {_count(n, 'training')}); in {same} of them it is the final one."
+        if np.isfinite(low)
+        else f"Best checkpoint. Chosen on validation people, it differs from the final one by {mean:.3g}."
+    ]
+
+
+def _transfer(table: pd.DataFrame) -> list[str]:
+    matrix = table[(table["metric"] == DETECTABILITY) & ~table["trained_on"].isin(["", CONTROL]) & (table["perturbation"] == "")]
+    if matrix.empty:
+        return []
+    same = matrix[matrix["trained_on"] == matrix["tested_on"]]["value"].mean()
+    other = matrix[matrix["trained_on"] != matrix["tested_on"]]["value"].mean()
+    if not np.isfinite(other):
+        return []
+    return [
+        f"Transfer. A detector's frame AUC averages {same:.3f} on fakes of its own generator and {other:.3f} on those of the "
+        "other generators."
+    ]
+
+
+def _control_line(table: pd.DataFrame) -> list[str]:
+    control = table[(table["trained_on"] == CONTROL) & (table["metric"] == DETECTABILITY)]
+    if control.empty:
+        return []
+    mean, low, high, n = over_seeds(control["value"])
+    people = int(control["n"].min())
+    apart = any(row.ci_low > 0.5 or row.ci_high < 0.5 for row in control.itertuples())
+    verdict = (
+        "In at least one seed it stands apart from chance: treat the detection figures with care."
+        if apart
+        else "It does not stand apart from chance."
+        if people >= 10
+        else "That few cannot show whether it stands apart from chance."
+    )
+    return [
+        "Control. A detector trained on real people against other real people reaches a frame AUC of "
+        f"{interval((mean, low, high, n), bounds=(0, 1))} on {people} test videos; chance is 0.5. {verdict}"
+    ]

@@ -9,9 +9,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from toolkit.study.answer import QUALITY, own_detection
+from toolkit.detector.robustness import PERTURBATIONS
+from toolkit.study.answer import own_detection, quality_metric
+from toolkit.study.compare import over_seeds
 from toolkit.study.spec import CONTROL, REAL, STRANGERS
-from toolkit.study.table import over_seeds
 
 # Okabe & Ito's palette, told apart with any colour vision; then shades for larger grids.
 PALETTE = (
@@ -44,9 +45,39 @@ SYMBOLS = (
 )
 
 
+DASHES = ("solid", "dash", "dot", "dashdot")
+UPSAMPLINGS = ("transposed", "nearest", "bilinear", "zero")
+
+
+def split_label(label: str) -> tuple[str, str]:
+    """``(activation, upsampling)`` of a label of the grid; the second is empty where upsampling is not varied."""
+    name, comma, kind = label.rpartition(", ")
+    return (name, kind) if comma and kind in UPSAMPLINGS else (label, "")
+
+
+def _places(labels: list[str]) -> tuple[list[str], list[str]]:
+    """The activations and the upsamplings of the labels, in order."""
+    both = [split_label(label) for label in labels]
+    return list(dict.fromkeys(a for a, _ in both)), list(dict.fromkeys(u for _, u in both))
+
+
 def colours(labels: list[str]) -> dict[str, str]:
-    """One colour per label, by its place in the grid."""
-    return {label: PALETTE[i % len(PALETTE)] for i, label in enumerate(labels)}
+    """A colour for each label: that of its activation, by its place in the grid."""
+    activations, _ = _places(labels)
+    return {label: PALETTE[activations.index(split_label(label)[0]) % len(PALETTE)] for label in labels}
+
+
+def _symbols(labels: list[str]) -> dict[str, str]:
+    """A mark for each label: that of its upsampling where that is varied, or else its own."""
+    _, kinds = _places(labels)
+    if len(kinds) == 1:
+        return {label: SYMBOLS[i % len(SYMBOLS)] for i, label in enumerate(labels)}
+    return {label: SYMBOLS[kinds.index(split_label(label)[1])] for label in labels}
+
+
+def _dashes(labels: list[str]) -> dict[str, str]:
+    _, kinds = _places(labels)
+    return {label: DASHES[kinds.index(split_label(label)[1])] for label in labels}
 
 
 def _rgba(colour: str, alpha: float) -> str:
@@ -75,17 +106,18 @@ def _error(figure: tuple[float, float, float, int]) -> float | None:
 
 def quality_against_detectability(table: pd.DataFrame, labels: list[str]) -> go.Figure:
     """One large mark per generator (mean over seeds) and a small one per seed."""
-    quality = table[table["metric"] == QUALITY]
+    metric = quality_metric(table)
+    quality = table[(table["metric"] == metric) & (table["checkpoint"] != "best")]
     detection = own_detection(table)
-    colour = colours(labels)
+    colour, symbols = colours(labels), _symbols(labels)
     figure = go.Figure()
-    for i, label in enumerate(labels):
+    for label in labels:
         x = quality[quality["generator"] == label].groupby("seed")["value"].mean()
         y = detection[detection["generator"] == label].groupby("seed")["value"].mean()
         both = x.index.intersection(y.index)
         if not len(both):
             continue
-        symbol = SYMBOLS[i % len(SYMBOLS)]
+        symbol = symbols[label]
         figure.add_scatter(
             x=x[both].tolist(),
             y=y[both].tolist(),
@@ -103,7 +135,7 @@ def quality_against_detectability(table: pd.DataFrame, labels: list[str]) -> go.
             name=label,
             legendgroup=label,
             marker={"color": colour[label], "size": 16, "symbol": symbol, "line": {"width": 1, "color": "white"}},
-            hovertemplate=f"{label}<br>{QUALITY} %{{x:.3g}}<br>frame AUC %{{y:.3f}}<extra>mean of {len(both)} seed(s)</extra>",
+            hovertemplate=f"{label}<br>{metric} %{{x:.3g}}<br>frame AUC %{{y:.3f}}<extra>mean of {len(both)} seed(s)</extra>",
         )
     floor = quality[quality["generator"] == REAL]["value"]
     if len(floor):
@@ -113,7 +145,7 @@ def quality_against_detectability(table: pd.DataFrame, labels: list[str]) -> go.
             annotation={"text": "real against real", "font": {"color": "#888"}, "textangle": -90, "yanchor": "top"},
         )
     figure.add_hline(y=0.5, line={"dash": "dot", "color": "#888"}, annotation={"text": "chance", "font": {"color": "#888"}})
-    figure.update_xaxes(title=f"{QUALITY} to real training frames (better to the left)")
+    figure.update_xaxes(title=f"{metric} to real training frames (better to the left)")
     figure.update_yaxes(title="frame AUC of its detector")
     return _layout(figure, 460, legend={"orientation": "h", "y": -0.22})
 
@@ -135,7 +167,7 @@ def transfer_matrix(matrix: pd.DataFrame, labels: list[str]) -> go.Figure:
             zmid=0.5,
             colorscale=[[0, "#2166AC"], [0.5, "#F7F7F7"], [1, "#B2182B"]],
             colorbar={"title": {"text": "AUC"}, "thickness": 12},
-            textfont={"size": 12},
+            textfont={"size": 12 if len(shown.index) < 9 else 10},
             xgap=1,
             ygap=1,
             hovertemplate="trained on %{y}<br>tested on %{x}<br>frame AUC %{z:.3f}<extra></extra>",
@@ -143,14 +175,15 @@ def transfer_matrix(matrix: pd.DataFrame, labels: list[str]) -> go.Figure:
     )
     figure.update_xaxes(title="tested on fakes of", side="bottom", tickangle=-40)
     figure.update_yaxes(title="trained on fakes of", autorange="reversed")
-    return _layout(figure, 180 + 44 * max(3, len(shown.index)))
+    return _layout(figure, 180 + (44 if len(shown.index) < 9 else 30) * max(3, len(shown.index)))
 
 
 def measures(table: pd.DataFrame, labels: list[str]) -> go.Figure:
     """One panel per measure: every generator's mean and interval over seeds, with the real clips' own figure."""
-    rows = table[table["generator"].isin(labels)]
+    rows = table[table["generator"].isin(labels) & (table["checkpoint"] != "best")]
     names = list(dict.fromkeys(rows["metric"]))
     columns = 2
+    activations, kinds = _places(labels)
     figure = make_subplots(
         rows=-(-len(names) // columns),
         cols=columns,
@@ -159,26 +192,29 @@ def measures(table: pd.DataFrame, labels: list[str]) -> go.Figure:
         vertical_spacing=min(0.12, 0.35 / max(1, len(names) // columns)),
         horizontal_spacing=0.06,
     )
-    colour = colours(labels)
+    colour, symbols = colours(labels), _symbols(labels)
     for place, name in enumerate(names):
         row, column = place // columns + 1, place % columns + 1
         for label in labels:
             values = rows[(rows["metric"] == name) & (rows["generator"] == label)]["value"]
             figure_ = over_seeds(values)
+            activation, kind = split_label(label)
+            # Upsamplings of one activation share its line, a little apart.
+            y = activations.index(activation) + (kinds.index(kind) - (len(kinds) - 1) / 2) * 0.24
             figure.add_scatter(
                 x=[figure_[0]],
-                y=[label],
+                y=[y],
                 mode="markers",
                 showlegend=False,
                 row=row,
                 col=column,
-                marker={"color": colour[label], "size": 10},
+                marker={"color": colour[label], "size": 9, "symbol": symbols[label] if len(kinds) > 1 else "circle"},
                 error_x={"type": "data", "array": [_error(figure_)], "thickness": 1.5},
                 hovertemplate=f"{label}: %{{x:.4g}}<extra>mean of {figure_[3]} seed(s)</extra>",
             )
             figure.add_scatter(
                 x=values.tolist(),
-                y=[label] * len(values),
+                y=[y] * len(values),
                 mode="markers",
                 showlegend=False,
                 row=row,
@@ -201,9 +237,9 @@ def measures(table: pd.DataFrame, labels: list[str]) -> go.Figure:
         if points:
             room = 0.15 * (max(points) - min(points)) or 0.1
             figure.update_xaxes(range=[min(points) - room, max(points) + room], row=row, col=column)
-    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=labels)
+    figure.update_yaxes(range=[len(activations) - 0.4, -0.6], tickvals=list(range(len(activations))), ticktext=activations, zeroline=False)
     figure.update_annotations(font_size=12)
-    return _layout(figure, 90 + (90 + 24 * len(labels)) * -(-len(names) // columns))
+    return _layout(figure, 90 + (90 + (24 if len(kinds) == 1 else 14 * len(kinds)) * len(activations)) * -(-len(names) // columns))
 
 
 def _title(rows: pd.DataFrame, name: str) -> str:
@@ -214,7 +250,7 @@ def _title(rows: pd.DataFrame, name: str) -> str:
 
 def learning_curves(cells: list[tuple[dict[str, Any], dict[str, Any]]], labels: list[str]) -> go.Figure:
     """Fréchet distance to validation frames while the GANs train: mean over seeds, and the seeds' range."""
-    colour = colours(labels)
+    colour, dashes = colours(labels), _dashes(labels)
     figure = go.Figure()
     for label in labels:
         rows = [
@@ -245,19 +281,22 @@ def learning_curves(cells: list[tuple[dict[str, Any], dict[str, Any]]], labels: 
             mode="lines+markers",
             name=label,
             legendgroup=label,
-            line={"color": colour[label]},
+            line={"color": colour[label], "dash": dashes[label]},
         )
     figure.update_xaxes(title="generator updates")
     figure.update_yaxes(title="Fréchet distance to validation frames", type="log")
     return _layout(figure, 420, legend={"orientation": "h", "y": -0.22})
 
 
-HEALTH = {
-    "gradient_norm": "gradient norm",
-    "dead": "share of dead units",
-    "dormant_0.025": "share of dormant units (tau 0.025)",
-    "dormant_0.1": "share of dormant units (tau 0.1)",
-    "saturated": "share of saturated inputs",
+# Measure -> (what the menu calls it, whether colours follow its logarithm, the range of colours).
+HEALTH: dict[str, tuple[str, bool, tuple[float, float] | None]] = {
+    "gradient_norm": ("gradient norm", True, None),
+    "dead": ("share of dead units", False, (0.0, 1.0)),
+    "dormant_0.025": ("share of dormant units (tau 0.025)", False, (0.0, 1.0)),
+    "dormant_0.1": ("share of dormant units (tau 0.1)", False, (0.0, 1.0)),
+    "saturated": ("share of saturated inputs", False, (0.0, 1.0)),
+    "effective_rank": ("effective rank", False, None),
+    "update_ratio": ("update-to-weight ratio of the layers", True, None),
 }
 
 
@@ -272,15 +311,16 @@ def health(cells: list[tuple[dict[str, Any], dict[str, Any]]], labels: list[str]
     if not rows:
         return None
     table = pd.DataFrame(rows, columns=["label", "site", "measure", "value"])
-    sites = list(dict.fromkeys(table["site"]))
     names = [name for name in HEALTH if name in set(table["measure"])]
     figure = go.Figure()
     for place, name in enumerate(names):
-        wide = table[table["measure"] == name].pivot_table(index="label", columns="site", values="value", aggfunc="mean")
+        _, logarithmic, limits = HEALTH[name]
+        of_measure = table[table["measure"] == name]
+        sites = list(dict.fromkeys(of_measure["site"]))
+        wide = of_measure.pivot_table(index="label", columns="site", values="value", aggfunc="mean")
         values = wide.reindex(index=labels, columns=sites).to_numpy(dtype=float)
-        shown = np.log10(np.maximum(values, 1e-12)) if name == "gradient_norm" else values
+        shown = np.log10(np.maximum(values, 1e-12)) if logarithmic else values
         text = [["" if np.isnan(v) else f"{v:.2g}" for v in row] for row in values]
-        bar = {"thickness": 12, "title": {"text": "log10" if name == "gradient_norm" else "share"}}
         figure.add_heatmap(
             z=shown.tolist(),
             x=sites,
@@ -289,19 +329,92 @@ def health(cells: list[tuple[dict[str, Any], dict[str, Any]]], labels: list[str]
             texttemplate="%{text}",
             visible=place == 0,
             colorscale="Viridis",
-            colorbar=bar,
+            colorbar={"thickness": 12, "title": {"text": "log10" if logarithmic else "share" if limits else ""}},
             textfont={"size": 11},
-            zmin=None if name == "gradient_norm" else 0,
-            zmax=None if name == "gradient_norm" else 1,
+            zmin=limits[0] if limits else None,
+            zmax=limits[1] if limits else None,
             xgap=1,
             ygap=1,
             hovertemplate="%{y}<br>%{x}<br>%{text}<extra></extra>",
         )
-    buttons = [{"label": HEALTH[name], "method": "restyle", "args": ["visible", [n == name for n in names]]} for name in names]
+    buttons = [{"label": HEALTH[name][0], "method": "restyle", "args": ["visible", [n == name for n in names]]} for name in names]
     figure.update_layout(updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 8}}])
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(tickangle=-40)
-    return _layout(figure, 220 + 34 * len(labels))
+    return _layout(figure, 220 + (34 if len(labels) < 9 else 22) * len(labels))
+
+
+def robustness(curves: pd.DataFrame, labels: list[str]) -> go.Figure:
+    """Frame AUC of detectors on spoiled test frames: one panel per perturbation.
+
+    Args:
+        curves: rows ``label, perturbation, level, metric, value, low, high``, one or several (seeds) for each.
+        labels: the generators whose fakes the detectors were trained on, in the grid's order.
+    """
+    rows = curves[curves["metric"] == "frame auc"]
+    untouched = rows[rows["perturbation"] == "none"]
+    names = [p for p in dict.fromkeys(rows["perturbation"]) if p != "none"]
+    units = {p.name: p.unit for p in PERTURBATIONS}
+    columns = 2
+    figure = make_subplots(
+        rows=-(-len(names) // columns),
+        cols=columns,
+        subplot_titles=[f"{name} ({units.get(name, '')})" for name in names],
+        shared_yaxes=True,
+        vertical_spacing=0.14,
+        horizontal_spacing=0.05,
+    )
+    colour, dashes = colours(labels), _dashes(labels)
+    several = len(labels) > 1
+    for place, name in enumerate(names):
+        where = {"row": place // columns + 1, "col": place % columns + 1}
+        part = pd.concat([untouched, rows[rows["perturbation"] == name]])
+        ticks = ["untouched", *(f"{v:g}" for v in dict.fromkeys(part.loc[part["perturbation"] == name, "level"]))]
+        part = part.assign(tick=np.where(part["perturbation"] == "none", "untouched", part["level"].map("{:g}".format)))
+        mean = part.groupby("tick")[["value", "low", "high"]].mean().reindex(ticks)
+        base = "#888888" if several else colour[labels[0]]
+        figure.add_scatter(
+            x=[*ticks, *ticks[::-1]],
+            y=[*mean["high"], *mean["low"][::-1]],
+            fill="toself",
+            mode="lines",
+            line={"width": 0},
+            fillcolor=_rgba(base, 0.25),
+            showlegend=False,
+            hoverinfo="skip",
+            **where,
+        )
+        for label in labels if several else ():
+            own = part[part["label"] == label].groupby("tick")[["value", "low", "high"]].mean().reindex(ticks)
+            figure.add_scatter(
+                x=ticks,
+                y=own["value"].tolist(),
+                customdata=own[["low", "high"]].to_numpy().tolist(),
+                mode="lines",
+                name=label,
+                legendgroup=label,
+                showlegend=place == 0,
+                line={"color": colour[label], "dash": dashes[label], "width": 1.5},
+                hovertemplate=f"{label}<br>%{{x}}: %{{y:.3f}} (%{{customdata[0]:.3f}} to %{{customdata[1]:.3f}})<extra></extra>",
+                **where,
+            )
+        figure.add_scatter(
+            x=ticks,
+            y=mean["value"].tolist(),
+            mode="lines+markers",
+            name="mean of all" if several else labels[0],
+            legendgroup="mean",
+            showlegend=place == 0,
+            line={"color": base, "width": 3},
+            hovertemplate="%{x}: %{y:.3f}<extra></extra>",
+            **where,
+        )
+        figure.add_hline(y=0.5, line={"dash": "dot", "color": "#888"}, **where)
+    figure.update_xaxes(type="category")
+    low = float(np.nanmin([rows["value"].min(), 0.45]))
+    figure.update_yaxes(range=[low - 0.05, 1.02], title="frame AUC", col=1)
+    figure.update_annotations(font_size=12)
+    return _layout(figure, 120 + 230 * -(-len(names) // columns), legend={"orientation": "h", "y": -0.12})
 
 
 def robust_labels(table: pd.DataFrame, labels: list[str]) -> list[str]:

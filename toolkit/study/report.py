@@ -16,15 +16,20 @@ import pandas as pd
 import yaml
 
 import toolkit
-from toolkit.files import write_text
+from toolkit.detector.explain import in_colour
+from toolkit.files import atomic, write_text
+from toolkit.pictures import enlarge, png
 from toolkit.study import figures
-from toolkit.study.answer import DETECTABILITY, answer
-from toolkit.study.spec import REAL, Study
+from toolkit.study.answer import DETECTABILITY, FACTORS, answer, comparisons, differences, distance_to_ideal, of_generators
+from toolkit.study.compare import Comparison, effects
+from toolkit.study.spec import CONTROL, REAL, Study
 from toolkit.study.table import cell_results, detection_matrix, write_table
+
+Cells = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 def write_report(study: Study) -> Path:
-    """Write ``results.parquet`` and ``report.html`` from the finished cells.
+    """Write ``results.parquet``, ``differences.csv`` and ``report.html`` from the finished cells.
 
     Returns:
         The page's path.
@@ -35,7 +40,10 @@ def write_report(study: Study) -> Path:
     table = write_table(study)
     keys = {cell.key for cell in study.cells()}
     cells = [(cell, result) for cell, result in cell_results(study.folder) if cell["key"] in keys]
-    page = _environment().get_template("report.html.j2").render(**_content(study, table, cells))
+    found = comparisons(table)
+    with atomic(study.folder / "differences.csv") as temporary:
+        differences(found).to_csv(temporary, index=False)
+    page = _environment().get_template("report.html.j2").render(**_content(study, table, cells, found))
     path = study.folder / "report.html"
     write_text(path, page)
     return path
@@ -46,7 +54,7 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def _content(study: Study, table: pd.DataFrame, cells: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+def _content(study: Study, table: pd.DataFrame, cells: Cells, found: dict[tuple[str, str], Comparison]) -> dict[str, Any]:
     from plotly.offline import get_plotlyjs
 
     spec = study.spec
@@ -62,16 +70,27 @@ def _content(study: Study, table: pd.DataFrame, cells: list[tuple[dict[str, Any]
     plots["curves"] = figures.learning_curves(cells, labels)
     if (health := figures.health(cells, labels)) is not None:
         plots["health"] = health
+    spoiled = [{"label": c["label"], "seed": c["seed"], **row} for c, r in cells if c["kind"] == "robustness" for row in r["curves"]]
+    if spoiled:
+        plots["robustness"] = figures.robustness(pd.DataFrame(spoiled), labels)
+    audits = [r for c, r in cells if c["kind"] == "audit" and r["status"] == "done"]
+    lines = answer(table, found) + [f"Shortcuts. {r['verdict']}" for r in audits]
     done, total = sum(study.is_done(c) for c in study.cells()), len(study.cells())
     return {
         "spec": spec,
         "title": spec.name.replace("_", " "),
-        "answer": [part.split(". ", 1) for part in answer(table)],
+        "answer": [part.split(". ", 1) for part in lines],
         "plots": {name: _json(figure.to_json()) for name, figure in plots.items()},
         "plotlyjs": get_plotlyjs(),
         "clips": _clips(study, cells, labels),
         "colours": figures.colours(labels),
-        "rows": _table_rows(table),
+        "effects": _effects(table, found),
+        "differences": _differences(found),
+        "factors": [f for f in FACTORS if any(factor == f for _, factor in found)],
+        "audit": audits[0] if audits else None,
+        "seen": _seen(study, cells, labels),
+        "rows": _table_rows(_shown_rows(table)),
+        "all_rows": len(table),
         "problems": [
             (c["label"], c["seed"], c["kind"], r.get("message") or f"collapsed by step {r['collapsed_at']}")
             for c, r in cells
@@ -102,7 +121,7 @@ def _data_url(path: Path, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _clips(study: Study, cells: list[tuple[dict[str, Any], dict[str, Any]]], labels: list[str]) -> list[dict[str, Any]]:
+def _clips(study: Study, cells: Cells, labels: list[str]) -> list[dict[str, Any]]:
     """Real clips, then each generator's walk of the first seed, all along one latent path."""
     shown = []
     first = study.spec.seeds[0]
@@ -122,10 +141,78 @@ def _clips(study: Study, cells: list[tuple[dict[str, Any], dict[str, Any]]], lab
     return shown
 
 
+def _seen(study: Study, cells: Cells, labels: list[str]) -> list[dict[str, str]]:
+    """Grad-CAM pictures and residual spectra of the first seed's detectors."""
+    first = study.spec.seeds[0]
+    tests = {c["label"]: (c, r) for c, r in cells if c["kind"] == "robustness" and c["seed"] == first and r["status"] == "done"}
+    spectra = {label: np.array(tests[label][1]["spectra"]["fake"]) for label in labels if label in tests}
+    if not spectra:
+        return []
+    real = np.array(next(iter(tests.values()))[1]["spectra"]["real"])
+    low, high = np.percentile([real, *spectra.values()], [1, 99.8])
+
+    def picture(spectrum: np.ndarray) -> str:
+        data = png(enlarge(in_colour(spectrum, low, high), max(1, 128 // len(spectrum))))
+        return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+    shown = [{"label": "real", "spectrum": picture(real), "cam": ""}]
+    for label, spectrum in spectra.items():
+        path = study.path(tests[label][0]["key"]) / "gradcam.png"
+        shown.append({"label": label, "spectrum": picture(spectrum), "cam": _data_url(path, "image/png") if path.is_file() else ""})
+    return shown
+
+
+def _p(value: float) -> str:
+    return "–" if not np.isfinite(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _effects(table: pd.DataFrame, found: dict[tuple[str, str], Comparison]) -> list[dict[str, Any]]:
+    """One row per measure: what each factor explains, and how many pairs of its levels are told apart."""
+    rows = []
+    for metric in dict.fromkeys(metric for metric, _ in found):
+        shares = effects(distance_to_ideal(of_generators(table, metric)), FACTORS)
+        by_source = {} if shares is None else {row.source: row for row in shares.itertuples()}
+        cells = []
+        for factor in FACTORS:
+            comparison = found.get((metric, factor))
+            if comparison is None:
+                continue
+            effect = by_source.get(factor)
+            share = f"{effect.share:.0%} (p {_p(effect.p)})" if effect is not None else "–"
+            cells.append(
+                {"share": share, "best": next(iter(comparison.means)), "pairs": f"{len(comparison.shown)} of {len(comparison.pairs)}"}
+            )
+        rows.append({"metric": metric, "cells": cells, "floor": _number(table.loc[table["metric"] == metric, "floor"].mean())})
+    return rows
+
+
+def _differences(found: dict[tuple[str, str], Comparison]) -> list[dict[str, str]]:
+    return [
+        {
+            "metric": row.metric,
+            "pair": f"{row.a} – {row.b}",
+            "difference": _number(row.difference),
+            "interval": f"{_number(row.low)} to {_number(row.high)}" if np.isfinite(row.low) else "–",
+            "n": str(row.n),
+            "p": _p(row.p_holm),
+            "shown": "yes" if row.p_holm < 0.05 else "",
+        }
+        for row in differences(found).itertuples()
+    ]
+
+
+def _shown_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the page's table has room for: everything but spoiled frames and most of the transfer matrix."""
+    other = (table["trained_on"] != table["tested_on"]) & (table["metric"] != DETECTABILITY) & (table["trained_on"] != CONTROL)
+    return table[(table["perturbation"] == "") & ~other]
+
+
 def _table_rows(table: pd.DataFrame) -> list[dict[str, str]]:
     rows = []
     for row in table.itertuples(index=False):
         what = row.generator or f"detector: {row.trained_on} on {row.tested_on}"
+        if row.checkpoint == "best":
+            what += " (best checkpoint)"
         rows.append(
             {
                 "what": str(what) if what != REAL else "real (the floor)",
@@ -134,6 +221,7 @@ def _table_rows(table: pd.DataFrame) -> list[dict[str, str]]:
                 "value": _number(row.value),
                 "interval": f"{_number(row.ci_low)} to {_number(row.ci_high)}" if np.isfinite(row.ci_low) else "–",
                 "n": str(row.n),
+                "floor": _number(row.floor) if np.isfinite(row.floor) else "–",
                 "unit": str(row.unit),
             }
         )
@@ -146,7 +234,7 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
 
 
-def _facts(study: Study, cells: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[str, str]]:
+def _facts(study: Study, cells: Cells) -> list[tuple[str, str]]:
     real = study.manifest.table[study.manifest.table["label"] == "real"]
     gan, detector = study.identities()
     size = {s: int(real.loc[real["split"] == s, "identity"].nunique()) for s in ("val", "test")}
