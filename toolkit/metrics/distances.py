@@ -66,7 +66,7 @@ def _radii(x: np.ndarray, groups: np.ndarray, neighbours: int) -> np.ndarray:
 def manifold_measures(
     real: np.ndarray,
     fake: np.ndarray,
-    neighbours: int = 5,
+    neighbours: int | tuple[int, int] = 5,
     real_groups: np.ndarray | None = None,
     fake_groups: np.ndarray | None = None,
 ) -> dict[str, float]:
@@ -83,23 +83,24 @@ def manifold_measures(
 
     Args:
         real, fake: features ``(N, D)`` and ``(M, D)``.
-        neighbours: 5, as recommended by Naeem et al.; 3 is that of Kynkäänniemi et al.
+        neighbours: 5, as recommended by Naeem et al.; 3 is that of Kynkäänniemi et al. Two numbers for real and fake apart.
         real_groups, fake_groups: ``(N,)`` and ``(M,)`` group of each vector; by default each its own.
 
     Raises:
         ValueError: a set has no more than ``neighbours`` groups.
     """
+    near = (neighbours, neighbours) if isinstance(neighbours, int) else neighbours
     groups = [np.arange(len(x)) if g is None else np.asarray(g) for x, g in ((real, real_groups), (fake, fake_groups))]
     counts = [len(np.unique(g)) for g in groups]
-    if min(counts) <= neighbours:
-        raise ValueError(f"{neighbours} neighbours need more vectors (groups) than that on each side, not {counts[0]} and {counts[1]}")
-    radius_real, radius_fake = (_radii(x, g, neighbours) for x, g in zip((real, fake), groups, strict=True))
+    if any(count <= k for count, k in zip(counts, near, strict=True)):
+        raise ValueError(f"{max(near)} neighbours need more vectors (groups) than that on each side, not {counts[0]} and {counts[1]}")
+    radius_real, radius_fake = (_radii(x, g, k) for x, g, k in zip((real, fake), groups, near, strict=True))
     between = cdist(real, fake)
     in_real = between < radius_real[:, None]
     _, place, size = np.unique(groups[0], return_inverse=True, return_counts=True)
     return {
         "precision": float(in_real.any(axis=0).mean()),
         "recall": float((between < radius_fake[None, :]).any(axis=1).mean()),
-        "density": float((in_real / size[place][:, None]).sum(axis=0).mean() / neighbours),
+        "density": float((in_real / size[place][:, None]).sum(axis=0).mean() / near[0]),
         "coverage": float((between.min(axis=1) < radius_real).mean()),
     }

@@ -75,10 +75,16 @@ def _at_most(x: Tensor, side: int) -> Tensor:
 
 
 class DenoisingAutoencoder(nn.Module):
-    """A convolutional denoising autoencoder (Vincent et al. 2008) of 32 px images; its 64-dimensional code is the feature.
+    """A convolutional denoising autoencoder (Vincent et al. 2008) of 32 px images.
 
-    Needs no labels, so it can be trained on any dataset, however few its people: see :func:`train_features`.
+    Its features are the 64 numbers of its code, which say where on the data's manifold an image lies, and the logarithm of
+    the reconstruction error in each of 4 x 4 parts of the image, which say how far off it lies: to the code alone white
+    noise is an average image. Needs no labels, so it can be trained on any dataset, however few its people: see
+    :func:`train_features`.
     """
+
+    mean: Tensor
+    std: Tensor
 
     SIDE, WIDTH, CODE = 32, 32, 64
 
@@ -101,17 +107,21 @@ class DenoisingAutoencoder(nn.Module):
             *up(w, w),
             nn.Conv2d(w, 3, 3, 1, 1),
         )
+        self.register_buffer("mean", torch.zeros(self.CODE + 16))
+        self.register_buffer("std", torch.ones(self.CODE + 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` in [-1, 1] -> the code ``(N, 64)``; other sizes are brought to 32 px first."""
+        """``(N, 3, H, W)`` in [-1, 1] -> ``(N, 80)``, standardised; other sizes are brought to 32 px first."""
         x = _at_most(x, self.SIDE)
         if x.shape[-1] < self.SIDE:
             x = F.interpolate(x, size=(self.SIDE, self.SIDE), mode="bilinear", align_corners=False)
-        return self.encoder(x)
+        code = self.encoder(x)
+        error = F.avg_pool2d((self.decoder(code) - x).square().mean(dim=1, keepdim=True), self.SIDE // 4)
+        return (torch.cat([code, torch.log(error.flatten(1) + 1e-4)], dim=1) - self.mean) / self.std
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """``(N, 3, 32, 32)`` -> its reconstruction."""
-        return self.decoder(self(x))
+        return self.decoder(self.encoder(x))
 
 
 def train_features(images: np.ndarray, *, steps: int | None = None, batch_size: int = 64, seed: int = 0) -> DenoisingAutoencoder:
@@ -124,7 +134,7 @@ def train_features(images: np.ndarray, *, steps: int | None = None, batch_size: 
         seed: of weights, order, flips and noise; the same seed gives the same network.
 
     Returns:
-        The network in evaluation mode, its code scaled to zero mean and unit variance over ``images``.
+        The network in evaluation mode, its features of zero mean and unit variance over ``images``.
 
     Raises:
         UserError: there is no image.
@@ -151,13 +161,10 @@ def train_features(images: np.ndarray, *, steps: int | None = None, batch_size: 
         schedule.step()
     network.eval()
     with torch.no_grad():
-        code = torch.cat([network(part) for part in small.split(512)])
-        # A whitened scale: no direction of the code counts more because the decoder happened to need it larger.
-        scale = 1 / code.std(dim=0, correction=0).clamp_min(1e-6)
-        last = network.encoder[-1]
-        assert isinstance(last, nn.Linear)
-        last.weight.mul_(scale[:, None])
-        last.bias.sub_(code.mean(dim=0)).mul_(scale)
+        found = torch.cat([network(part) for part in small.split(512)])
+        # No feature shall count more because the decoder happened to need it larger.
+        network.mean.copy_(found.mean(dim=0))
+        network.std.copy_(found.std(dim=0, correction=0).clamp_min(1e-6))
     return network.requires_grad_(False)
 
 

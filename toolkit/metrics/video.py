@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 
 FLOW_SIZE = 128
+MOVING = 0.2  # per cent of the side per frame: a quarter of a pixel of 128, below which flow is mostly its own error
 
 
 def motion(clip: np.ndarray) -> float:
@@ -47,19 +48,20 @@ def flow_figures(clip: np.ndarray) -> np.ndarray:
         clip: ``(T, H, W, 3)`` uint8 with T at least 2.
 
     Returns:
-        ``(3,)`` float64, each a mean over the pairs of frames; NaN where T is too small or every pixel is occluded:
+        ``(4,)`` float64, each a mean over the pairs of frames; NaN where T is too small or every pixel is occluded:
 
         - warping error: mean absolute difference of a frame and the next one warped back, in grey levels of 0..255
           (Lai et al. 2018, arXiv:1808.00449, eq. 10 and 11);
         - speed: mean length of the flow, in per cent of the frame's side per frame;
-        - acceleration: mean length of the difference between a pixel's flow and its flow one frame later, followed along
-          the flow, in the unit of the speed. A pixel that moves on evenly has none.
+        - speed of what moves: the same over pixels that move by 0.2 per cent at least;
+        - acceleration of what moves: mean length of the difference between their flow and that one frame later, followed
+          along the flow, in the same unit. A pixel that moves on evenly has none.
     """
     scale = max(1.0, FLOW_SIZE / clip.shape[1])
     size = (round(clip.shape[2] * scale), round(clip.shape[1] * scale))
     frames = [cv2.resize(f, size, interpolation=cv2.INTER_CUBIC) if scale > 1 else f for f in clip]
     grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]
-    errors, speeds, accelerations = [], [], []
+    errors, speeds, moving_speeds, accelerations = [], [], [], []
     before: tuple[np.ndarray, np.ndarray] | None = None
     for t in range(len(frames) - 1):
         forward, backward = _flow(grey[t], grey[t + 1]), _flow(grey[t + 1], grey[t])
@@ -74,11 +76,16 @@ def flow_figures(clip: np.ndarray) -> np.ndarray:
             difference = np.abs(frames[t].astype(np.float32) - _sample(frames[t + 1], forward).astype(np.float32)).mean(-1)
             errors.append(float(difference[visible].mean()))
             speeds.append(percent * float(np.linalg.norm(forward[visible], axis=-1).mean()))
-        if before is not None and before[1].any():
-            change = np.linalg.norm(_sample(forward, before[0]) - before[0], axis=-1)
-            accelerations.append(percent * float(change[before[1]].mean()))
+        if before is not None:
+            flow, moved = before
+            moved &= percent * np.linalg.norm(flow, axis=-1) >= MOVING
+            if moved.any():
+                change = np.linalg.norm(_sample(forward, flow) - flow, axis=-1)
+                accelerations.append(percent * float(change[moved].mean()))
+                moving_speeds.append(percent * float(np.linalg.norm(flow[moved], axis=-1).mean()))
         before = forward, visible
-    return np.array([float(np.mean(v)) if v else float("nan") for v in (errors, speeds, accelerations)])
+    figures = (errors, speeds, moving_speeds, accelerations)
+    return np.array([float(np.mean(v)) if v else float("nan") for v in figures])
 
 
 def warping_error(clip: np.ndarray) -> float:
