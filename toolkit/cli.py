@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -114,6 +115,16 @@ def run(argv: Sequence[str]) -> int:
     return int(_find(arguments[0])(arguments[1:]) or 0)
 
 
+def _told(error: OSError) -> str:
+    """One line on a file that cannot be read or written, and what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{where}; make room, then run the same command again: it continues from what was written"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission{where}; choose another folder, or change its permissions"
+    return f"{' '.join(str(error).split())[:300]}; if the disk is full, make room and run the same command again"
+
+
 def main() -> NoReturn:
     """Entry point of the console script. Exit status 2 means a mistake that the user can mend."""
     try:
@@ -125,8 +136,11 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         print("toolkit: interrupted; run the same command again to continue", file=sys.stderr)
         status = 130
-    except BrokenPipeError:
-        # The reader of our output is gone (`| head`); nothing is left to tell it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output is gone (`| head`); nothing is left to tell it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        print(f"toolkit: error: {_told(error)}", file=sys.stderr)
+        status = 2
     sys.exit(status)

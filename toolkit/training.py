@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import random
 import sys
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ActionConfigFile
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.progress import (
     BarColumn,
@@ -29,7 +31,7 @@ from toolkit.activations.assign import site_modules
 from toolkit.activations.health import ActivationHealth
 from toolkit.console import console
 from toolkit.errors import UserError
-from toolkit.files import write_json, write_text
+from toolkit.files import atomic, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -89,24 +91,53 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     except Exception as error:
         # torch.load raises anything from KeyError to RuntimeError, depending on what the file really is.
         raise UserError(f"{path} cannot be loaded as a checkpoint: {_first_sentence(error)}") from error
-    found = checkpoint.get("toolkit", {}).get("kind") if isinstance(checkpoint, dict) else None
-    if found != kind:
-        what = f"a {found} checkpoint" if found else "not a checkpoint of this toolkit"
+    about = checkpoint.get("toolkit") if isinstance(checkpoint, dict) else None
+    found = about.get("kind") if isinstance(about, dict) else None
+    if found != kind or not isinstance(about, dict):
+        what = f"a {found} checkpoint" if isinstance(found, str) else "not a checkpoint of this toolkit"
         raise UserError(f"{path} is {what}; a {kind} checkpoint is needed")
+    if not isinstance(about.get("options"), dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise UserError(f"{path} is incomplete: it lacks options or weights; use another checkpoint")
     return dict(checkpoint)
+
+
+def require_same_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Raise :class:`UserError` unless ``state`` has the names and shapes of ``network``'s weights."""
+    ours = network.state_dict()
+    for name in [*ours, *state]:
+        here, there = (tuple(s[name].shape) if isinstance(s.get(name), Tensor) else None for s in (ours, state))
+        if here != there:
+            what = [f"not {where}" if shape is None else f"{shape} {where}" for shape, where in ((there, "there"), (here, "here"))]
+            raise UserError(f"{path} was made by another architecture: the weight {name} is {' and '.join(what)}; give the same model options")
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load ``state`` into ``network``.
 
     Raises:
-        UserError: the keys or shapes differ: another architecture.
+        UserError: the names or shapes differ: another architecture.
     """
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        detail = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise UserError(f"{path} was made by another architecture: {' '.join(detail)[:300]}") from error
+    require_same_weights(network, state, path)
+    network.load_state_dict(state)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is on disk.
+
+    Lightning writes it to the system's folder for temporary files first: where that is another disk, moving is copying, and a
+    process killed meanwhile leaves half a checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        # One run owns its folder: what an earlier one was killed over is of no use.
+        for stale in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+            stale.unlink(missing_ok=True)
+        # To memory first: torch reports a full disk as an internal error of its archive.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        with atomic(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
 
 
 class Diverged(UserError):
@@ -302,7 +333,11 @@ def quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     # Lightning's tips and device tables; its warnings and errors still come through.
-    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.trainer.connectors.checkpoint_connector"):
+    for name in (
+        "pytorch_lightning.utilities.rank_zero",
+        "pytorch_lightning.trainer.connectors.checkpoint_connector",
+        "lightning_fabric.utilities.seed",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -346,7 +381,37 @@ class ToolkitCLI(LightningCLI):
         parser.add_lightning_class_args(pl.callbacks.ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.mode": "min", "checkpoint.save_last": True, "checkpoint.auto_insert_metric_name": False})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UserError(f"a config is not a text file ({error.reason} at byte {error.start}); it must be YAML") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would put the checkpoint's options in place of the given ones without a word: here they must agree."""
+
+    def before_fit(self) -> None:
+        self._check_checkpoint()
+
+    def before_test(self) -> None:
+        self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        """A checkpoint that does not fit is told before anything else is done."""
+        given = self._get(self.config_init, "ckpt_path")
+        if not given or given in ("best", "hpc", "registry"):
+            return
+        path = Path(given)
+        if given == "last":
+            path = Path(self._get(self.config_init, "checkpoint.dirpath")) / "last.ckpt"
+            if not path.is_file():
+                return  # Lightning starts anew then, and says so
+        state = load_checkpoint(path, self.kind)["state_dict"]
+        if getattr(self.model, "network", self.model) is not None:  # a detector with classes is built with its data
+            require_same_weights(self.model, state, path)
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        kwargs["plugins"] = [AtomicCheckpoints()]
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
             kwargs["callbacks"] = [*kwargs.get("callbacks", []), StepBar()]
         return super().instantiate_trainer(**kwargs)

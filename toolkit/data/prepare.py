@@ -67,21 +67,35 @@ def sample_indices(total: int, frames: int, window: int = 1) -> list[int]:
     return sorted({start + offset for start in starts for offset in range(window)})
 
 
-def _video_frames(item: VideoItem, settings: Settings) -> Iterator[tuple[int, float, np.ndarray]]:
-    """Chosen frames of a video file or image folder as ``(index, time in seconds, BGR frame)``."""
+def _video_frames(item: VideoItem, settings: Settings, record: dict[str, Any]) -> Iterator[tuple[int, float, np.ndarray]]:
+    """Chosen frames of a video file or image folder as ``(index, time in seconds, BGR frame)``.
+
+    What could not be read, though other frames could, is noted in ``record["partly"]``.
+    """
     if item.path.is_dir():
         files = sorted(p for p in item.path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        bad: list[str] = []
         for index in sample_indices(len(files), settings.frames, settings.window):
-            yield index, index / 25.0, read_image(files[index])
+            try:
+                image = read_image(files[index])
+            except VideoError as error:
+                bad.append(f"{files[index].name}: {error}")
+                continue
+            yield index, index / 25.0, image
+        if bad:
+            record["partly"] = f"{len(bad)} of its images cannot be read, e.g. {bad[0]}"
         return
     with VideoReader(item.path) as reader:
         info = reader.info
         total = info.frames
-        got: set[int] = set()
-        for index, frame in reader.select(sample_indices(total, settings.frames, settings.window)):
-            got.add(index)
+        got = -1
+        wanted = sample_indices(total, settings.frames, settings.window)
+        for index, frame in reader.select(wanted):
+            got = index
             yield index, index / info.fps, frame
-    if total == 0 or not got:
+    if got >= 0 and got < 0.9 * wanted[-1]:  # headers may be off by some frames
+        record["partly"] = f"it ends after frame {got} of {total}: damaged or cut off"
+    if got < 0:
         # The header lies or is silent: count by decoding, then sample again.
         total = count_frames(item.path)
         if total == 0:
@@ -113,13 +127,13 @@ def prepare_video(item: VideoItem, out: Path, settings: Settings, model: Path | 
             record = {}
         if record.get("key") == key and all((out / row["frame"]).is_file() for row in record["rows"]):
             return record
-    record = {"key": key, "video": item.video, "error": "", "without_face": 0, "rows": [], "source": {}}
+    record = {"key": key, "video": item.video, "error": "", "partly": "", "without_face": 0, "rows": [], "source": {}}
     try:
         record["source"] = _source_facts(item.path)
         detect = face_detector(settings.faces, model)[1]
         previous: Face | None = None
         run: list[tuple[int, float, np.ndarray, Face]] = []
-        for index, time_s, frame in _video_frames(item, settings):
+        for index, time_s, frame in _video_frames(item, settings, record):
             face = follow(detect(frame), previous)
             if face is None:
                 record["without_face"] += 1
@@ -132,7 +146,7 @@ def prepare_video(item: VideoItem, out: Path, settings: Settings, model: Path | 
         if run:
             _store_run(run, item, out, settings, record)
         if not record["rows"]:
-            record["error"] = "no frame can be decoded" if not record["without_face"] else "no face was found in any frame"
+            record["error"] = "no face was found in any frame" if record["without_face"] else record["partly"] or "no frame can be decoded"
     except VideoError as error:
         record["error"] = str(error)
     except cv2.error as error:
@@ -222,7 +236,7 @@ def prepare(
         limit: take only this many videos.
 
     Returns:
-        The manifest, the reason for each video that gave no frame, and remarks of the layout.
+        The manifest, the reason for each video that gave no frame or not all of them, and remarks of the layout.
 
     Raises:
         UserError: an unknown layout, no video found, or not one video could be used.
@@ -245,8 +259,8 @@ def prepare(
     rows: list[dict[str, Any]] = []
     sources: list[dict[str, Any]] = []
     for item, record in _run(items, out, settings, model, workers):
-        if record["error"]:
-            failures[item.video] = record["error"]
+        if record["error"] or record.get("partly"):
+            failures[item.video] = record["error"] or record["partly"]
         if record["rows"]:
             sources.append({"video": item.video, **record["source"]})
         for row in record["rows"]:
@@ -370,7 +384,8 @@ def run(args: argparse.Namespace) -> int:
     for remark in remarks:
         console.print(f"note: {remark}")
     print_table("frames", manifest.summary())
+    used = set(manifest.table["video"])
     for video, reason in failures.items():
-        print(f"left out: {video}: {reason}", file=sys.stderr)
+        print(f"{'used in part' if video in used else 'left out'}: {video}: {reason}", file=sys.stderr)
     console.print(f"manifest: {manifest.root / 'manifest.csv'}")
     return PARTLY_DONE if failures else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +21,15 @@ from toolkit.files import atomic
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+# FFmpeg and OpenCV print to standard error what the exceptions here say in words. They look at these once, at the first video.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+
+_IMAGES = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"BM": "BMP"}
+_TIGHT = 64 * 2**20
 
 
 class VideoError(Exception):
@@ -52,6 +63,10 @@ class VideoReader:
             raise VideoError("no such file")
         if self.path.stat().st_size == 0:
             raise VideoError("the file is empty")
+        with open(self.path, "rb") as file:
+            begin = file.read(4)
+        if kind := next((name for magic, name in _IMAGES.items() if begin.startswith(magic)), ""):
+            raise VideoError(f"a {kind} image under the name of a video")
         # Named, so that OpenCV neither guesses an image sequence from digits in the name nor tries a camera.
         self._capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
         if not self._capture.isOpened():
@@ -167,11 +182,21 @@ class VideoWriter:
 
         Raises:
             UserError: no frame was written.
+            OSError: the disk is full.
         """
         if self._writer is None:
             self.discard()
             raise UserError(f"{self.path}: there is no frame to write")
         self._writer.release()
+        # The encoder does not tell of a full disk: where there is little room, what was written is read back.
+        if shutil.disk_usage(self._temporary.parent).free < _TIGHT:
+            try:
+                complete = count_frames(self._temporary) == self.count
+            except VideoError:
+                complete = False
+            if not complete:
+                self.discard()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._stack.close()
 
     def discard(self) -> None:

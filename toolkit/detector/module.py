@@ -301,7 +301,7 @@ class Detector(pl.LightningModule):
         saved = checkpoint["toolkit"]
         try:
             module = cls(**{**saved["options"], **({"prefer": prefer} if prefer is not None else {})})
-        except TypeError as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} was made by another version of the toolkit: {error}") from error
         load_weights(module, checkpoint["state_dict"], path)
         module.preprocessing = saved["preprocessing"]

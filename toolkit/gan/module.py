@@ -352,7 +352,7 @@ class GAN(pl.LightningModule):
         options: Mapping[str, Any] = checkpoint["toolkit"]["options"]
         try:
             module = cls(**{**options, **({"prefer": prefer} if prefer is not None else {})})
-        except TypeError as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} was made by another version of the toolkit: {error}") from error
         load_weights(module, checkpoint["state_dict"], path)
         return module.eval()

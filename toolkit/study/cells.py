@@ -26,7 +26,7 @@ from toolkit.metrics.features import network_hash, save_features, train_features
 from toolkit.study import judge
 from toolkit.study.material import detector_frames, real_frames
 from toolkit.study.spec import Cell, Study
-from toolkit.training import CollapseWatch, Diverged, History, load_checkpoint, versions
+from toolkit.training import AtomicCheckpoints, CollapseWatch, Diverged, History, load_checkpoint, versions
 
 # Without a version counter a resumed run overwrites a best.ckpt that its own interrupted part left behind.
 _KEEP: dict[str, Any] = {"auto_insert_metric_name": False, "enable_version_counter": False}
@@ -67,6 +67,7 @@ def _trainer(folder: Path, options: dict[str, Any], callbacks: list[pl.Callback]
         precision=options["precision"],
         default_root_dir=folder,
         logger=False,
+        plugins=[AtomicCheckpoints()],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -95,8 +95,13 @@ def _attempt(study: Study, cell: Cell) -> None:
             run_cell(study, cell)
         except Exception as error:
             # One bad cell must not end a night's work; its reason is kept and reported.
-            traceback.print_exc()
-            write_json(folder / "error.json", {"error": f"{type(error).__name__}: {error}"})
+            with contextlib.suppress(OSError):  # the disk may be full
+                traceback.print_exc()
+            try:
+                write_json(folder / "error.json", {"error": f"{type(error).__name__}: {error}"})
+            except OSError as full:
+                # Nothing can be noted down, so nothing can be done: better to end than to try for ever.
+                sys.exit(f"a worker ends: {full}")
 
 
 def _worker(study: Study, threads: int) -> None:
