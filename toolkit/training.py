@@ -16,6 +16,7 @@ import torch
 from jsonargparse import ActionConfigFile
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.trainer.states import TrainerFn
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -108,7 +109,9 @@ def require_same_weights(network: nn.Module, state: dict[str, Tensor], path: Pat
         here, there = (tuple(s[name].shape) if isinstance(s.get(name), Tensor) else None for s in (ours, state))
         if here != there:
             what = [f"not {where}" if shape is None else f"{shape} {where}" for shape, where in ((there, "there"), (here, "here"))]
-            raise UserError(f"{path} was made by another architecture: the weight {name} is {' and '.join(what)}; give the same model options")
+            raise UserError(
+                f"{path} was made by another architecture: the weight {name} is {' and '.join(what)}; give the same model options"
+            )
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -119,6 +122,35 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> No
     """
     require_same_weights(network, state, path)
     network.load_state_dict(state)
+
+
+class Checkpoints(pl.callbacks.ModelCheckpoint):
+    """Keeps the best checkpoint, and as ``last.ckpt`` that of the last validation (or of the last step, at the end).
+
+    Lightning's own ``save_last`` writes that file only when a checkpoint is among the best: a run that has stopped improving
+    would be resumed from long ago.
+    """
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:  # not after `trainer.validate`
+            self._save_last(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0:
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        if trainer.sanity_checking or trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
+            return
+        path = Path(self.dirpath) / "last.ckpt"
+        self.last_model_path = str(path)
+        trainer.save_checkpoint(path, self.save_weights_only)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -378,8 +410,8 @@ class ToolkitCLI(LightningCLI):
         for seeded in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", seeded, compute_fn=_as_seed)
         parser.add_lightning_class_args(ActivationHealth, "health")
-        parser.add_lightning_class_args(pl.callbacks.ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.mode": "min", "checkpoint.save_last": True, "checkpoint.auto_insert_metric_name": False})
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.set_defaults({"checkpoint.mode": "min", "checkpoint.auto_insert_metric_name": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -403,8 +435,9 @@ class ToolkitCLI(LightningCLI):
             return
         path = Path(given)
         if given == "last":
-            path = Path(self._get(self.config_init, "checkpoint.dirpath")) / "last.ckpt"
-            if not path.is_file():
+            folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+            path = Path(folder or ".") / "last.ckpt"
+            if folder is None or not path.is_file():
                 return  # Lightning starts anew then, and says so
         state = load_checkpoint(path, self.kind)["state_dict"]
         if getattr(self.model, "network", self.model) is not None:  # a detector with classes is built with its data

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from toolkit.activations.health import ActivationHealth
 from toolkit.detector.augment import Augmentations
@@ -26,7 +25,7 @@ from toolkit.metrics.features import network_hash, save_features, train_features
 from toolkit.study import judge
 from toolkit.study.material import detector_frames, real_frames
 from toolkit.study.spec import Cell, Study
-from toolkit.training import AtomicCheckpoints, CollapseWatch, Diverged, History, load_checkpoint, versions
+from toolkit.training import AtomicCheckpoints, Checkpoints, CollapseWatch, Diverged, History, load_checkpoint, versions
 
 # Without a version counter a resumed run overwrites a best.ckpt that its own interrupted part left behind.
 _KEEP: dict[str, Any] = {"auto_insert_metric_name": False, "enable_version_counter": False}
@@ -108,7 +107,7 @@ def _run_gan(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     data.frames = real_frames(study, cell)
     history, health = History(), ActivationHealth(max(1, training["max_steps"] // 20))
     collapse = CollapseWatch(max(1, training["max_steps"] // training["validations"]))
-    keep = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/frechet", save_last=True, **_KEEP)
+    keep = Checkpoints(folder / "checkpoints", "best", monitor="val/frechet", **_KEEP)
     trainer = _trainer(folder, training, [history, health, collapse, keep])
     status, message = "done", ""
     try:
@@ -172,7 +171,7 @@ def _run_detector(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     model = {"image_size": options["data"]["image_size"], **training["model"]}
     module = Detector(**model, seed=cell.seed)
     history = History()
-    keep = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/loss", save_last=True, **_KEEP)
+    keep = Checkpoints(folder / "checkpoints", "best", monitor="val/loss", **_KEEP)
     trainer = _trainer(folder, training, [history, keep])
     try:
         trainer.fit(module, data, ckpt_path=_resume_from(folder, "detector"), weights_only=True)

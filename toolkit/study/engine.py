@@ -104,7 +104,9 @@ def _attempt(study: Study, cell: Cell) -> None:
                 sys.exit(f"a worker ends: {full}")
 
 
-def _worker(study: Study, threads: int) -> None:
+def _worker(study: Study, threads: int, environment: dict[str, str]) -> None:
+    # Of the command, which may name plugins: the server that workers are forked from has that of its own start.
+    os.environ.update(environment)
     from toolkit.training import quiet
 
     quiet()
@@ -137,8 +139,11 @@ def local(study: Study, workers: int) -> None:
     todo = [c for c in cells if not study.is_done(c)]
     if todo:
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, workers))
-        context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=_worker, args=(study, threads), daemon=False) for _ in range(min(workers, len(todo)))]
+        # Forked from a clean process that has the imports behind it: half of a small study would be importing.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["toolkit.study.cells"])
+        arguments = (study, threads, dict(os.environ))
+        processes = [context.Process(target=_worker, args=arguments, daemon=False) for _ in range(min(workers, len(todo)))]
         for process in processes:
             process.start()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
