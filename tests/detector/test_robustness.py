@@ -48,9 +48,9 @@ def test_curves_start_from_the_untouched_frames_and_fall(frames: FrameSet) -> No
     assert len(told) == levels() == 1 + sum(len(p.levels) for p in PERTURBATIONS)
     assert set(rows["metric"]) == set(CURVES)
     auc = rows[rows["metric"] == "frame auc"].set_index(["perturbation", "level"])
-    assert auc.loc[("none", 0.0), "value"] == 1.0
-    assert (auc["low"] <= auc["value"]).all()
-    assert (auc["value"] <= auc["high"]).all()
+    assert auc.loc[("none", 0.0), "value"] == pytest.approx(1.0)
+    assert (auc["low"] <= auc["value"] + 1e-9).all()
+    assert (auc["value"] <= auc["high"] + 1e-9).all()
     assert (auc["n"] == 40).all()  # 20 real clips and 20 fake ones, not frames
     # A checkerboard is the first thing that blurring and halving take away, and grey noise hardly touches it.
     assert auc.loc[("blur", 2.0), "value"] < 0.8
@@ -62,7 +62,7 @@ def test_curves_start_from_the_untouched_frames_and_fall(frames: FrameSet) -> No
 
 
 def test_perturbations_do_what_they_say(frames: FrameSet) -> None:
-    part = frames.select(np.arange(24))
+    part = frames.select(np.arange(len(frames)) < 24)
     original = part.array()
     found = {(name, level): images for name, level, images in spoiled(part)}
     assert np.array_equal(found["none", 0.0], original)
@@ -74,10 +74,8 @@ def test_perturbations_do_what_they_say(frames: FrameSet) -> None:
     inside = (original > 40) & (original < 215)
     assert noise[inside].std() == pytest.approx(10, rel=0.03)
     assert abs(noise[inside].mean()) < 0.3
-    quality = found["jpeg", 50][0]
-    assert np.array_equal(
-        quality, cv2.imdecode(cv2.imencode(".jpg", original[0][..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 50])[1], 1)[..., ::-1]
-    )
+    encoded = cv2.imencode(".jpg", original[0][..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 50])[1]
+    assert np.array_equal(found["jpeg", 50][0], cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1])
     for name, strong in (("jpeg", 30), ("blur", 2.0), ("resize", 0.35), ("h264", 40)):
         errors = [np.abs(images.astype(int) - original).mean() for (n, _), images in found.items() if n == name]
         assert errors[-1] == max(errors)
@@ -150,9 +148,9 @@ def test_residual_spectrum_of_known_patterns() -> None:
     # x - up(down(x)) is 0, d / d, 0 in each 2 x 2 cell: energy at 0 and at the highest frequencies along both axes.
     assert bright <= {(16, 16), (0, 0), (0, 16), (16, 0)}
     assert (0, 16) in bright or (0, 0) in bright
-    # Parseval: the mean power over frequencies is the mean square of the residual.
+    # Parseval: power is per pixel, so its sum over frequencies is the sum of the squared residual; half of the pixels have one.
     residual = 100 / 127.5 * 2 / 3
-    assert (10 ** (spectrum / 10)).sum() == pytest.approx(residual**2 / 2, rel=1e-3)
+    assert (10 ** (spectrum / 10)).sum() == pytest.approx(32 * 32 * residual**2 / 2, rel=1e-3)
 
 
 def test_pictures_are_written(frames: FrameSet, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -305,11 +306,18 @@ def _run(
                 yield item, prepare_video(item, out, settings, model)
                 bar.advance(task)
             return
-        with ProcessPoolExecutor(workers) as pool:
+        # Not forked from this process: OpenCV's threads, if it has any by now, would be missing in the copy and waited for.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["toolkit.data.prepare"])
+        with ProcessPoolExecutor(workers, context, _take_environment, (dict(os.environ),)) as pool:
             futures = [pool.submit(prepare_video, item, out, settings, model) for item in items]
             for item, future in zip(items, futures, strict=True):
                 yield item, future.result()
                 bar.advance(task)
+
+
+def _take_environment(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
 
 
 def parse_ratios(text: str) -> dict[str, float]:

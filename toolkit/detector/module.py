@@ -301,8 +301,12 @@ class Detector(pl.LightningModule):
         saved = checkpoint["toolkit"]
         try:
             module = cls(**{**saved["options"], **({"prefer": prefer} if prefer is not None else {})})
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} was made by another version of the toolkit: {error}") from error
+        except UserError:
+            raise
+        except Exception as error:
+            # Options of another version, or of a damaged file, can fail anywhere in the making of a network.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"{path} was made by another version of the toolkit, or is damaged: {reason}") from error
         load_weights(module, checkpoint["state_dict"], path)
         module.preprocessing = saved["preprocessing"]
         return module.eval()

@@ -39,11 +39,14 @@ def recompress(frames: np.ndarray, crf: int) -> np.ndarray:
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in even:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            # OpenCV's conversion is exact; FFmpeg's differs by a rounding with the alignment of the memory it is given.
+            planes = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2YUV_I420)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
     buffer.seek(0)
     with av.open(buffer, "r") as container:
-        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        planes_of = [frame.to_ndarray(format="yuv420p") for frame in container.decode(video=0)]
+        decoded = [cv2.cvtColor(planes, cv2.COLOR_YUV2RGB_I420) for planes in planes_of]
     return np.stack(decoded)[:, :height, :width]
 
 

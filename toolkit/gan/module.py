@@ -352,8 +352,12 @@ class GAN(pl.LightningModule):
         options: Mapping[str, Any] = checkpoint["toolkit"]["options"]
         try:
             module = cls(**{**options, **({"prefer": prefer} if prefer is not None else {})})
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} was made by another version of the toolkit: {error}") from error
+        except UserError:
+            raise
+        except Exception as error:
+            # Options of another version, or of a damaged file, can fail anywhere in the making of a network.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"{path} was made by another version of the toolkit, or is damaged: {reason}") from error
         load_weights(module, checkpoint["state_dict"], path)
         return module.eval()
 
