@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from toolkit.detector.data import DetectorData, join_frames
 from toolkit.detector.detect import detect_video, follow_faces
 from toolkit.detector.module import Detector
 from toolkit.detector.networks import DetectorNetwork, LogSpectrum, Residual, classification_loss, make_backbone
+from toolkit.training import Checkpoints
 
 QUIET: dict[str, Any] = {
     "max_epochs": -1,
@@ -212,6 +215,98 @@ def test_learns_a_trace_and_tests_it(trained: Path, capsys: pytest.CaptureFixtur
     assert "video auc" in capsys.readouterr().out
     detector = Detector.from_checkpoint(trained / "checkpoints" / "best.ckpt")
     assert 0 < float(detector.threshold) < 1
+
+
+TWO_PROCESSES = """
+import sys
+import pytorch_lightning as pl, torch
+from toolkit.detector.data import DetectorData
+from toolkit.detector.module import Detector
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    processes, out, real, fake = int(sys.argv[1]), *sys.argv[2:]
+    # Its norms are BatchNormAct2d: norm and activation in one module.
+    module = Detector(32, "test_efficientnet", "residual", learning_rate=2e-4, warmup=2, seed=1)
+    data = DetectorData([real, fake], 32, batch_size=16, seed=1)
+    trainer = pl.Trainer(accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_steps=4,
+                         max_epochs=-1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+                         use_distributed_sampler=False, enable_checkpointing=False, check_val_every_n_epoch=None,
+                         val_check_interval=4, num_sanity_val_steps=0)
+    trainer.fit(module, data)
+    weights = {k: v.clone() for k, v in module.state_dict().items()}
+    trainer.test(module, data, verbose=False)
+    if trainer.is_global_zero:
+        torch.save(weights, out)
+        module.predictions.to_csv(out + ".csv", index=False)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_evaluate_each_frame_once(puppets: Manifest, fakes: Manifest, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    weights, tables = [], []
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.pt"
+        command = [sys.executable, str(script), str(processes), str(path), str(puppets.root), str(fakes.root)]
+        subprocess.run(command, check=True, timeout=300, capture_output=True)
+        weights.append(torch.load(path, weights_only=True))
+        tables.append(pd.read_csv(f"{path}.csv"))
+    for name, value in weights[0].items():
+        if name in ("threshold", "temperature"):
+            assert float(value) == pytest.approx(float(weights[1][name]), rel=1e-3), name
+        elif value.dtype.is_floating_point:
+            assert float((value - weights[1][name]).abs().max()) < 1e-5 * max(1.0, float(value.abs().max())), name
+    frames = sum(int((m.table["split"] == "test").sum()) for m in (puppets, fakes))
+    assert [len(t) for t in tables] == [frames, frames]
+    pd.testing.assert_frame_equal(tables[0][["video", "index", "label"]], tables[1][["video", "index", "label"]])
+    np.testing.assert_allclose(tables[0]["log_odds"], tables[1]["log_odds"], atol=1e-4)
+
+
+def test_probabilities_are_calibrated_on_validation_data_and_the_checkpoint_says_how(trained: Path) -> None:
+    path = trained / "checkpoints" / "best.ckpt"
+    saved = torch.load(path, weights_only=True)["toolkit"]
+    detector = Detector.from_checkpoint(path)
+    assert saved["calibration"] == {"method": "temperature", "temperature": pytest.approx(float(detector.temperature))}
+    assert saved["threshold"] == pytest.approx(float(detector.threshold))
+    assert float(detector.temperature) != 1.0
+    assert {"backbone", "head"} <= set(saved["sites"])
+    assert "torch" in saved["versions"]
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        logits = detector.net.logits(images)
+        expected = torch.sigmoid(logits[:, 0] / detector.temperature)
+        torch.testing.assert_close(detector(images), expected)
+
+
+def test_softmax_scores_are_one_minus_real_before_calibration() -> None:
+    detector = Detector(32, "test_resnet", "rgb", classes=["real", "a", "b"], activations={"head": {"output": "softmax"}}).eval()
+    images = torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        plain = 1 - torch.softmax(detector.net.logits(images), dim=1)[:, 0]
+        torch.testing.assert_close(detector(images), plain)
+        detector.temperature.fill_(3.0)
+        torch.testing.assert_close(torch.logit(detector(images)), torch.logit(plain) / 3, rtol=1e-3, atol=1e-4)
+
+
+def test_last_checkpoint_is_the_last_one_even_when_nothing_improves(puppets: Manifest, fakes: Manifest, tmp_path: Path) -> None:
+    class Worse(Detector):
+        def on_validation_epoch_end(self) -> None:
+            self.log("val/loss", float(self.global_step))
+
+    keep = Checkpoints(tmp_path, "best", monitor="val/loss", enable_version_counter=False)
+    data = DetectorData([str(puppets.root), str(fakes.root)], 32, batch_size=16)
+    options = {
+        **QUIET,
+        "enable_checkpointing": True,
+        "callbacks": [keep],
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 2,
+    }
+    trainer = pl.Trainer(max_steps=7, accelerator="cpu", default_root_dir=tmp_path, **options)
+    trainer.fit(Worse(32, "test_resnet", "residual"), data)
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 2
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7
 
 
 def test_resumed_equals_uninterrupted(puppets: Manifest, fakes: Manifest, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import nn
 
 from toolkit import Manifest, UserError
-from toolkit.activations.health import ActivationHealth, unit_health
+from toolkit.activations.health import ActivationHealth, effective_rank, unit_health
 from toolkit.activations.module import ActivationModule
 from toolkit.activations.registry import registry
 from toolkit.gan.data import GANData
@@ -332,6 +333,35 @@ def test_health_by_hand() -> None:
     assert got["dormant_0.025"] == got["dormant_0.1"] == pytest.approx(2 / 4)
     tanh = ActivationModule(registry().find("tanh")[1])
     assert unit_health(tanh, 100 * torch.ones(2, 3), torch.ones(2, 3))["saturated"] == 1
+
+
+def test_effective_rank_in_closed_form() -> None:
+    eye = torch.eye(6)
+    assert effective_rank(eye) == pytest.approx(6)
+    assert effective_rank(torch.ones(50, 6)) == pytest.approx(1)
+    # Singular values 3 and 1: shares 3/4 and 1/4.
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(expected)
+    assert math.isnan(effective_rank(torch.zeros(4, 4)))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 8)) @ rng.normal(size=(8, 8))
+    share = np.linalg.svd(x, compute_uv=False)
+    share /= share.sum()
+    assert effective_rank(torch.from_numpy(x)) == pytest.approx(np.exp(stats.entropy(share)), rel=1e-6)
+
+
+def test_update_ratio_equals_that_of_a_step_worked_out(puppets: Manifest, tmp_path: Path) -> None:
+    health = ActivationHealth(every=1)
+    module = GAN(**TINY, seed=2)
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    fit(module, puppets, tmp_path, 1, health)
+    found = {site: v for step, site, m, v in health.history if m == "update_ratio" and step == 1}
+    assert "generator.up1.conv" in found
+    assert not any(site.startswith("ema") for site in found)
+    for site, value in found.items():
+        name = f"{site}.weight"
+        moved = module.get_parameter(name).detach()
+        assert value == pytest.approx(float((moved - before[name]).norm() / before[name].norm()), rel=1e-5)
 
 
 def test_health_and_history_are_recorded_while_training(puppets: Manifest, tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ class Batches(Sampler[list[int]]):
             raise UserError(f"there are only {count} training frames, fewer than one batch of {batch_size}: lower batch_size")
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.weights = None if weights is None else weights / weights.sum()
-        self.epoch_flag = torch.zeros(1, dtype=torch.int64).share_memory_()  # loader workers see it through shared memory
+        # Epoch, this process, their number: loader workers see them through shared memory.
+        self.flags = torch.tensor([0, 0, 1]).share_memory_()
         self._next = (0, 0)
 
     def __len__(self) -> int:
@@ -144,13 +145,13 @@ class Batches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # A generator: nothing here happens before the first batch is asked for, so an iterator made in vain skips nothing.
         (epoch, first), self._next = self._next, (self._next[0] + 1, 0)
-        self.epoch_flag.fill_(epoch)
         rng = np.random.default_rng([self.seed, epoch])
         if self.weights is None:
             order = rng.permutation(self.count)
         else:
             order = rng.choice(self.count, size=self.count, p=self.weights)
         rank, world = _process()
+        self.flags.copy_(torch.tensor([epoch, rank, world]))
         for batch in range(first, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield indices[rank::world].tolist()
@@ -163,8 +164,8 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         images: ``(N, H, W, 3)`` uint8.
         rows: which of them, in order.
         columns: further per-item arrays, returned under their names.
-        transform: applied to one image with a random generator of its own, seeded by ``(seed, epoch, item)``, so that
-            neither the number of workers nor an interruption changes what comes out.
+        transform: applied to one image with a random generator of its own, seeded by seed, epoch, item and place in the
+            total batch, so that neither the number of workers or processes nor an interruption changes what comes out.
         seed: of the transform.
     """
 
@@ -178,7 +179,7 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.images, self.rows, self.columns = images, rows, columns or {}
         self.transform, self.seed = transform, seed
-        self.epoch_flag = torch.zeros(1, dtype=torch.int64)
+        self.flags = torch.tensor([0, 0, 1])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -189,8 +190,8 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
     def __getitems__(self, items: Sequence[int]) -> dict[str, Tensor]:
         images = self.images[self.rows[list(items)]]
         if self.transform is not None:
-            epoch = int(self.epoch_flag)
-            generators = (np.random.default_rng([self.seed, epoch, int(i), place]) for place, i in enumerate(items))
+            epoch, rank, world = self.flags.tolist()
+            generators = (np.random.default_rng([self.seed, epoch, int(i), place * world + rank]) for place, i in enumerate(items))
             images = np.stack([self.transform(image, rng) for image, rng in zip(images, generators, strict=True)])
         batch = {key: torch.from_numpy(np.ascontiguousarray(value[list(items)])) for key, value in self.columns.items()}
         return {"image": torch.from_numpy(np.ascontiguousarray(images)), **batch}
@@ -204,7 +205,7 @@ def loader(dataset: ArrayDataset, batches: Batches | None, *, batch_size: int = 
     """A DataLoader over ``batches``, or over everything once and in order when that is None: then each of several
     processes gets every n-th item, so that together they see each item once."""
     if batches is not None:
-        dataset.epoch_flag = batches.epoch_flag
+        dataset.flags = batches.flags
         return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, persistent_workers=workers > 0)
     rank, world = _process()
     return DataLoader(dataset, batch_size=batch_size, sampler=range(rank, len(dataset), world), num_workers=workers, collate_fn=_as_is)
