@@ -36,11 +36,11 @@ class _Sum(torch.autograd.Function):
 
 
 def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Batch norm of ``(N, C, ...)`` over the batches of all processes, in float32."""
+    """Batch norm of ``(N, C, ...)`` over the batches of all processes, in float32 at least."""
     if not norm.training:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
-    wide = x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
     sums = _Sum.apply(torch.cat([wide.sum(dims), wide.new_tensor([x.numel() / x.shape[1]])]))
     mean, count = sums[:-1] / sums[-1], sums[-1]
     centred = wide - mean.view(shape)

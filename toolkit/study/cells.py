@@ -52,6 +52,8 @@ def run_cell(study: Study, cell: Cell) -> dict[str, Any]:
     folder = study.path(cell)
     write_json(folder / "cell.json", {**asdict(cell), "key": cell.key})
     started = time.monotonic()
+    # A backbone with dropout draws from PyTorch's own generator, which else would depend on what the worker did before.
+    pl.seed_everything(cell.seed, verbose=False)
     result = RUN[cell.kind](study, cell, folder)
     # Of the last attempt: what an interrupted one took is not known once it is gone.
     result |= {"seconds": round(time.monotonic() - started, 2), "versions": versions()}
