@@ -68,7 +68,10 @@ def kill_at(seconds: float, arguments: list[str], log: Path) -> bool:
     process.join(seconds)
     alive = process.is_alive()
     if alive:
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # so early that it has no group of its own yet
+            process.kill()
     process.join()
     return alive
 

@@ -171,11 +171,15 @@ def _best_against_final(table: pd.DataFrame, metric: str) -> list[str]:
         return []
     mean, low, high, n = over_seeds((both["final"] - both["best"]).to_numpy())
     same = int((both["final"] == both["best"]).sum())
+    text = f"Best checkpoint. The one that is best on validation people is the final one in {same} of {_count(n, 'training')}. "
+    if not np.isfinite(low):
+        return [text + f"Against the training frames its {metric} is {abs(mean):.3g} {'lower' if mean > 0 else 'higher'}."]
+    lower, upper = sorted((abs(low), abs(high)))
+    if low <= 0 <= high:
+        return [text + f"Against the training frames its {metric} is not told from the final one's (difference {-high:.3g} to {-low:.3g})."]
+    way = "lower" if mean > 0 else "higher"
     return [
-        f"Best checkpoint. Chosen on validation people, it is better than the final one by {mean:.3g} in the mean "
-        f"({low:.3g} to {high:.3g}, {_count(n, 'training')}); in {same} of them it is the final one."
-        if np.isfinite(low)
-        else f"Best checkpoint. Chosen on validation people, it differs from the final one by {mean:.3g}."
+        text + f"Against the training frames its {metric} is {abs(mean):.3g} {way} in the mean (95% interval {lower:.3g} to {upper:.3g})."
     ]
 
 
