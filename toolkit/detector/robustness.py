@@ -40,7 +40,7 @@ def recompress(frames: np.ndarray, crf: int) -> np.ndarray:
         stream.codec_context.thread_count = 1
         for frame in even:
             # OpenCV's conversion is exact; FFmpeg's differs by a rounding with the alignment of the memory it is given.
-            planes = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2YUV_I420)
+            planes: Any = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2YUV_I420)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
     buffer.seek(0)
