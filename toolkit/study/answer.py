@@ -11,6 +11,7 @@ from toolkit.study.compare import Comparison, compare, effects, over_seeds
 from toolkit.study.spec import CONTROL, REAL, STRANGERS
 
 DETECTABILITY = "frame auc"
+SPOILED = "frame auc of spoiled frames"
 FACTORS = ("activation", "upsampling")
 
 
@@ -27,8 +28,21 @@ def own_detection(table: pd.DataFrame, metric: str = DETECTABILITY) -> pd.DataFr
     return rows.assign(generator=rows["trained_on"])
 
 
+def spoiled_detection(table: pd.DataFrame) -> pd.DataFrame:
+    """One row for each detector: its frame AUC, the mean over all perturbations (each the mean over its levels).
+
+    On untouched frames of one source most detectors find every fake, so nothing can be told apart there.
+    """
+    rows = table[(table["metric"] == DETECTABILITY) & (table["perturbation"] != "")]
+    keys = ["trained_on", "activation", "upsampling", "seed"]
+    mean = rows.groupby([*keys, "perturbation"], as_index=False)["value"].mean().groupby(keys, as_index=False)["value"].mean()
+    return mean.assign(generator=mean["trained_on"], metric=SPOILED, better="higher", floor=float("nan"))
+
+
 def of_generators(table: pd.DataFrame, metric: str, checkpoint: str = "final") -> pd.DataFrame:
     """Rows of ``metric`` for generators, the real ones left out; of detection measures, those of each one's own detector."""
+    if metric == SPOILED:
+        return spoiled_detection(table)
     rows = table[(table["metric"] == metric) & (table["checkpoint"] == checkpoint) & ~table["generator"].isin([REAL, STRANGERS, ""])]
     return rows if len(rows) or checkpoint != "final" else own_detection(table, metric)
 
@@ -50,7 +64,7 @@ def comparisons(table: pd.DataFrame) -> dict[tuple[str, str], Comparison]:
     """
     crossed = [f for f in FACTORS if table.loc[table[f] != "", f].nunique() > 1]
     found: dict[tuple[str, str], Comparison] = {}
-    for metric in table.loc[(table["perturbation"] == ""), "metric"].unique():
+    for metric in [*table.loc[(table["perturbation"] == ""), "metric"].unique(), SPOILED]:
         rows = of_generators(table, metric)
         for factor in crossed:
             block = ["seed", *(f for f in crossed if f != factor)]
@@ -138,13 +152,14 @@ def answer(table: pd.DataFrame, found: dict[tuple[str, str], Comparison] | None 
     words: Sequence[tuple[str, str, str, str, tuple[float, float]]] = (
         ("Quality", metric, "closest to the real training frames", "farthest", (0, np.inf)),
         ("Detection", DETECTABILITY, "hardest to detect by its own detector", "easiest", (0, 1)),
+        ("Detection of spoiled frames", SPOILED, "hardest to detect", "easiest", (0, 1)),
     )
     for title, name, best, worst, bounds in words:
         for factor in FACTORS:
             comparison = found.get((name, factor))
             if comparison is None:
                 continue
-            if name == DETECTABILITY:
+            if name in (DETECTABILITY, SPOILED):
                 comparison = _turned(comparison)
             lines.append(f"{title} by {factor}. {_capital(sentence(comparison, best, worst, bounds))}")
         if (name, "upsampling") in found and (text := _shares(of_generators(table, name))):

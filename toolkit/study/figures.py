@@ -146,7 +146,7 @@ def quality_against_detectability(table: pd.DataFrame, labels: list[str]) -> go.
         )
     figure.add_hline(y=0.5, line={"dash": "dot", "color": "#888"}, annotation={"text": "chance", "font": {"color": "#888"}})
     figure.update_xaxes(title=f"{metric} to real training frames (better to the left)")
-    figure.update_yaxes(title="frame AUC of its detector")
+    figure.update_yaxes(title="frame AUC of its detector", range=[min(0.45, float(detection["value"].min()) - 0.05), 1.05])
     return _layout(figure, 460, legend={"orientation": "h", "y": -0.22})
 
 
