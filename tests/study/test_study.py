@@ -274,6 +274,9 @@ def test_comparison_finds_a_real_difference_and_admits_none() -> None:
     assert single is not None
     assert "With one seed nothing can be said" in sentence(single, "best", "worst")
     assert compare(table_of({"a": [1.0, 2.0]}), "m") is None
+    limit = compare(table_of({"a": [1.0, 1.0], "b": [1.0, 1.0]}), "m")
+    assert limit is not None
+    assert sentence(limit, "best", "worst") == "all are alike: m 1 (means of 2 trainings)."
 
 
 def test_pairs_equal_scipy_and_holm_is_over_all_of_them() -> None:

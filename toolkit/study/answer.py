@@ -99,6 +99,8 @@ def sentence(comparison: Comparison, best_word: str, worst_word: str, bounds: tu
     labels = list(comparison.means)
     first, last = labels[0], labels[-1]
     n = comparison.means[first][3]
+    if comparison.alike:
+        return f"all are alike: {comparison.metric} {comparison.means[first][0]:.3g} (means of {_count(n, 'training')})."
     text = (
         f"{best_word}: {first}, {comparison.metric} {interval(comparison.means[first], bounds=bounds)}; "
         f"{worst_word}: {last}, {interval(comparison.means[last], bounds=bounds)} (means of {_count(n, 'training')}). "

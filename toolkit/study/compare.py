@@ -64,6 +64,12 @@ class Comparison:
     pairs: pd.DataFrame
 
     @property
+    def alike(self) -> bool:
+        """Whether all levels have the same mean, as where a measure is at its limit."""
+        values = [mean for mean, *_ in self.means.values()]
+        return bool(np.ptp(values) <= 1e-6 * max(1.0, float(np.abs(values).max())))
+
+    @property
     def shown(self) -> pd.DataFrame:
         """The pairs whose difference is significant at 5 % after the correction."""
         return self.pairs[self.pairs["p_holm"] < 0.05]

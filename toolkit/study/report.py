@@ -179,10 +179,10 @@ def _effects(table: pd.DataFrame, found: dict[tuple[str, str], Comparison]) -> l
                 continue
             effect = by_source.get(factor)
             share = f"{effect.share:.0%} (p {_p(effect.p)})" if effect is not None else "–"
-            cells.append(
-                {"share": share, "best": next(iter(comparison.means)), "pairs": f"{len(comparison.shown)} of {len(comparison.pairs)}"}
-            )
-        rows.append({"metric": metric, "cells": cells, "floor": _number(table.loc[table["metric"] == metric, "floor"].mean())})
+            best = "all alike" if comparison.alike else next(iter(comparison.means))
+            cells.append({"share": share, "best": best, "pairs": f"{len(comparison.shown)} of {len(comparison.pairs)}"})
+        floor = table.loc[table["metric"] == metric, "floor"].mean()
+        rows.append({"metric": metric, "cells": cells, "floor": _number(floor) if np.isfinite(floor) else "–"})
     return rows
 
 
