@@ -148,7 +148,7 @@ def ms_ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     weights = np.array(_MS_SSIM[:scales]) * sum(_MS_SSIM) / sum(_MS_SSIM[:scales])
     parts = []
     for start in range(0, len(a), 64):
-        pair = [torch.from_numpy(np.ascontiguousarray(x[start : start + 64])).permute(0, 3, 1, 2).float() / 255 for x in (a, b)]
+        pair = [torch.from_numpy(np.ascontiguousarray(x[start : start + 64])).permute(0, 3, 1, 2).double() / 255 for x in (a, b)]
         parts.append(
             multiscale_structural_similarity_index_measure(
                 pair[0], pair[1], data_range=1.0, betas=tuple(weights), normalize="relu", reduction="none"
