@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         "toolkit demo",
         description="Trains small GANs with three activations on the embedded puppets, and detectors for their fakes; measures both; "
-        "ends with the path of a report. A few minutes on two CPU cores. The same command continues after an interruption.",
+        "ends with the path of a report. About five minutes on two CPU cores. The same command continues after an interruption.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the demo's folder (default %(default)s)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
