@@ -27,6 +27,7 @@ from toolkit.errors import UserError, closest
 from toolkit.files import atomic, read_json, write_json
 from toolkit.plugins import plugins
 
+SOURCE_FACTS = ("container", "codec", "source width", "source height", "source fps", "source frames", "source bitrate")
 PARTLY_DONE = 3  # exit status: finished, but some videos could not be used
 
 
@@ -273,7 +274,7 @@ def prepare(
     manifest = Manifest(out, table)
     manifest.check()
     with atomic(out / "videos.csv") as temporary:
-        pd.DataFrame(sources).sort_values("video").to_csv(temporary, index=False)
+        pd.DataFrame(sources, columns=["video", *SOURCE_FACTS]).sort_values("video").to_csv(temporary, index=False)
     manifest.save()
     write_json(
         out / "prepare.json",
