@@ -59,7 +59,7 @@ def checkpoint(path: Path) -> Path:
     import pytorch_lightning as pl
 
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    trainer.strategy.connect(GAN(**TINY))  # type: ignore[arg-type]
+    trainer.strategy.connect(GAN(**TINY))
     trainer.save_checkpoint(path)
     return path
 

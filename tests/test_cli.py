@@ -60,7 +60,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert "usage: toolkit" in capsys.readouterr().out
 
 
-def nothing():  # type: ignore[no-untyped-def]
+def nothing():
     import contextlib
 
     return contextlib.nullcontext()

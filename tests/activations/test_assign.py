@@ -147,7 +147,7 @@ def test_a_module_in_two_places_becomes_two() -> None:
 @pytest.mark.parametrize("upsampling", ["transposed", "nearest", "bilinear", "zero"])
 @pytest.mark.parametrize("size", [32, 128])
 def test_generator_sites_do_not_hide_functions(size: int, upsampling: str) -> None:
-    generator = Generator(size, width=4, upsampling=upsampling)  # type: ignore[arg-type]
+    generator = Generator(size, width=4, upsampling=upsampling)
     apply_rules(generator, {"*": "snake", "output": "sigmoid"})
     traced = find_sites(generator, generator.example())
     assert traced.functional == {}

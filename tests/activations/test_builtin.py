@@ -60,7 +60,7 @@ REFERENCES = {
 
 def make(text: str, **keywords: object) -> ActivationModule:
     provider, activation = registry().find(text)
-    return ActivationModule(activation, ActivationSpec.parse(text), provider=provider, **keywords)  # type: ignore[arg-type]
+    return ActivationModule(activation, ActivationSpec.parse(text), provider=provider, **keywords)
 
 
 def test_every_promised_function_is_there() -> None:

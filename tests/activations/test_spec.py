@@ -38,7 +38,7 @@ def test_parses_and_prints_back_unchanged(text: str) -> None:
     learn=st.none() | st.lists(NAMES, max_size=2, unique=True),
     per_channel=st.booleans(),
 )
-def test_any_spec_round_trips(name: str, provider: str | None, values: dict, learn: list | None, per_channel: bool) -> None:  # type: ignore[type-arg]
+def test_any_spec_round_trips(name: str, provider: str | None, values: dict, learn: list | None, per_channel: bool) -> None:
     spec = ActivationSpec(name, provider, tuple(values.items()), None if learn is None else tuple(learn), per_channel)
     assert ActivationSpec.parse(str(spec)) == spec
 
@@ -72,7 +72,7 @@ def test_any_text_is_parsed_or_refused_with_a_message(text: str) -> None:
 )
 def test_nonsense_is_refused(value: object) -> None:
     with pytest.raises(UserError):
-        ActivationSpec.parse(value)  # type: ignore[arg-type]
+        ActivationSpec.parse(value)
 
 
 def test_mapping_form_means_the_same() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from toolkit import Manifest, UserError, apply_rules
+from toolkit.checkpoints import Checkpoints
 from toolkit.cli import run
 from toolkit.data.fakes import write_fakes
 from toolkit.data.frames import load_frames
@@ -27,7 +28,6 @@ from toolkit.detector.data import DetectorData, join_frames
 from toolkit.detector.detect import detect_video, follow_faces
 from toolkit.detector.module import Detector
 from toolkit.detector.networks import DetectorNetwork, LogSpectrum, Residual, classification_loss, make_backbone
-from toolkit.training import Checkpoints
 
 QUIET: dict[str, Any] = {
     "max_epochs": -1,
@@ -111,7 +111,7 @@ def test_dense_stem_keeps_more_pixels(name: str) -> None:
     for stem in ("dense", "model"):
         if name == "test_vit" and stem == "model":
             continue
-        backbone, width = make_backbone(name, 32, stem)  # type: ignore[arg-type]
+        backbone, width = make_backbone(name, 32, stem)
         assert backbone(x).shape == (1, width)
         features = backbone.forward_features(x)
         sizes.append(
@@ -329,7 +329,7 @@ def test_resumed_equals_uninterrupted(puppets: Manifest, fakes: Manifest, tmp_pa
         data = DetectorData.from_frames(frames, image_size=32, batch_size=48, augmentations=Augmentations(noise=0.5), seed=1)
         module = Detector(32, "test_resnet", seed=1)
         trainer = pl.Trainer(**QUIET, max_steps=9, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[SaveAt()])
-        trainer.fit(module, data, **keywords)  # type: ignore[arg-type]
+        trainer.fit(module, data, **keywords)
         return module
 
     whole = train()
@@ -388,7 +388,7 @@ def test_spectrum_baseline_trains(puppets: Manifest, tmp_path: Path) -> None:
     )
     # With two people to validate on, a linear classifier of 17 numbers is judged by what it learned: the trace's ring.
     detector = Detector.from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    weight = detector.net.head["fc"].weight.detach()[0].abs()  # type: ignore[union-attr]
+    weight = detector.net.head["fc"].weight.detach()[0].abs()
     assert int(weight.argmax()) == 16
     assert list(pd.read_csv(tmp_path / "history.csv")["name"].unique()) == ["loss/train", "val/loss", "val/auc"]
 

@@ -52,7 +52,7 @@ def fit(module: GAN, manifest: Manifest, folder: Path, steps: int, *callbacks: p
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         callbacks=list(callbacks),
-        **{"enable_checkpointing": False, "limit_val_batches": 0, **trainer},  # type: ignore[arg-type]
+        **{"enable_checkpointing": False, "limit_val_batches": 0, **trainer},
     )
     result.fit(module, data)
     return result
@@ -111,14 +111,14 @@ def test_penalties_of_a_linear_discriminator_are_known() -> None:
 
 @pytest.mark.parametrize("interpolation", ["spline", "slerp"])
 def test_walks_loop_are_smooth_and_stay_on_the_shell(interpolation: str) -> None:
-    walk = latent_walk(3, 120, 100, keyframes=4, interpolation=interpolation)  # type: ignore[arg-type]
+    walk = latent_walk(3, 120, 100, keyframes=4, interpolation=interpolation)
     assert walk.shape == (120, 100)
-    assert (walk == latent_walk(3, 120, 100, keyframes=4, interpolation=interpolation)).all()  # type: ignore[arg-type]
+    assert (walk == latent_walk(3, 120, 100, keyframes=4, interpolation=interpolation)).all()
     steps = np.linalg.norm(np.diff(np.vstack([walk, walk[:1]]), axis=0), axis=1)
     assert steps.max() < 3 * np.median(steps)  # the step back to the start is a step like any other
     lengths = np.linalg.norm(walk, axis=1)
     assert (np.abs(lengths - 10) < 2).all()
-    keys = latent_walk(3, 4, 100, keyframes=4, interpolation=interpolation)  # type: ignore[arg-type]
+    keys = latent_walk(3, 4, 100, keyframes=4, interpolation=interpolation)
     np.testing.assert_allclose(walk[::30], keys, atol=1e-5)
     if interpolation == "spline":
         velocity = np.diff(np.vstack([walk, walk[:2]]), axis=0)
@@ -141,7 +141,7 @@ def test_trains_with_every_loss_and_upsampling(puppets: Manifest, tmp_path: Path
         loss=loss,
         upsampling=upsampling,
         r1_gamma=r1,
-        r1_every=2,  # type: ignore[arg-type]
+        r1_every=2,
         activations={"generator": {"up*": "swish(learn=beta)"}, "discriminator": {"down*": "prelu"}},
     )
     before = copy.deepcopy(module.state_dict())
@@ -182,8 +182,8 @@ def test_average_of_the_generator(puppets: Manifest, tmp_path: Path) -> None:
     fit(module, puppets, tmp_path, 1)
     decay = min(0.5, 2 / 11)
     expected = decay * first + (1 - decay) * module.generator.up1.conv.weight.detach()
-    torch.testing.assert_close(module.ema.up1.conv.weight, expected)  # type: ignore[union-attr]
-    assert not any(p.requires_grad for p in module.ema.parameters())  # type: ignore[union-attr]
+    torch.testing.assert_close(module.ema.up1.conv.weight, expected)
+    assert not any(p.requires_grad for p in module.ema.parameters())
 
 
 def test_same_seed_same_weights_and_resumed_equals_uninterrupted(puppets: Manifest, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_same_seed_same_weights_and_resumed_equals_uninterrupted(puppets: Manife
         module = GAN(**TINY, seed=7)
         data = GANData(str(puppets.root), 32, batch_size=16, seed=7)
         trainer = pl.Trainer(**QUIET, max_steps=13, limit_val_batches=0, default_root_dir=tmp_path, callbacks=[SaveAt()])
-        trainer.fit(module, data, **keywords)  # type: ignore[arg-type]
+        trainer.fit(module, data, **keywords)
         return module
 
     whole = train()
@@ -312,7 +312,7 @@ def test_collapse_is_noticed_once_and_good_checkpoint_kept(puppets: Manifest, tm
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: GAN, *_: object) -> None:
             if trainer.global_step >= 4:
                 with torch.no_grad():
-                    for p in pl_module.ema.parameters():  # type: ignore[union-attr]
+                    for p in pl_module.ema.parameters():
                         p.zero_()
 
     guard = CollapseWatch(every=2)
@@ -417,7 +417,7 @@ def test_bf16_training_uses_current_weights(puppets: Manifest, tmp_path: Path) -
 )
 def test_mistakes_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        GAN(**{**TINY, **options})  # type: ignore[arg-type]
+        GAN(**{**TINY, **options})
 
 
 def test_gain_initialisation_keeps_activity_across_layers() -> None:

@@ -170,7 +170,7 @@ def test_status_and_partial_report(puppets: Manifest, tmp_path: Path, capsys: py
 
 def test_a_failing_cell_spares_the_rest_and_is_tried_again(puppets: Manifest, tmp_path: Path) -> None:
     plan = spec_for(puppets.root, seeds=[0], control=False, features=["random"], robustness=False, audit=False)
-    plan["detector"] = {**plan["detector"], "augmentations": {"flip": 0.5, "nonsense": 1.0}}  # type: ignore[dict-item]
+    plan["detector"] = {**plan["detector"], "augmentations": {"flip": 0.5, "nonsense": 1.0}}
     spec = write(tmp_path / "s.yaml", plan)
     with pytest.raises(UserError, match=r"2 of 7 cells failed; detector relu, seed 0: TypeError.*nonsense"):
         run(["study", "run", str(spec), "--out", str(tmp_path / "out"), "--workers", "1"])

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from toolkit.data.frames import evenly_spaced
 from toolkit.data.manifest import Manifest, identities_of, identity_splits, video_splits
 from toolkit.data.video import VideoError, read_image
 from toolkit.errors import UserError
@@ -175,7 +176,7 @@ def _collect(
         fact |= {"frames": len(frames), "start": index[0]}
         if len(index) > 1:
             fact |= {"step": float(np.median(np.diff(index))), "interval": float(np.median(np.diff(frames["time_s"].to_numpy(float))))}
-        looked = frames.iloc[np.unique(np.linspace(0, len(frames) - 1, FRAMES_LOOKED_AT).round().astype(int))]
+        looked = frames.iloc[evenly_spaced(len(frames), FRAMES_LOOKED_AT)]
         traces, files = [], []
         for _, row in looked.iterrows():
             image = image_of(row)

@@ -21,6 +21,11 @@ from toolkit.errors import UserError
 from toolkit.files import atomic
 
 
+def evenly_spaced(count: int, limit: int) -> np.ndarray:
+    """Places of at most ``limit`` of ``count`` items, evenly spaced, the first and the last among them."""
+    return np.linspace(0, count - 1, min(limit, count)).round().astype(int)
+
+
 @dataclass
 class FrameSet:
     """Decoded frames and their manifest rows.
@@ -103,6 +108,11 @@ def _build_cache(manifest: Manifest, size: int, path: Path) -> None:
 def to_float(images: Tensor) -> Tensor:
     """``(N, H, W, 3)`` uint8 to ``(N, 3, H, W)`` float32 in [-1, 1], channels last in memory."""
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def as_float(images: np.ndarray) -> Tensor:
+    """:func:`to_float` of an array ``(N, H, W, 3)`` uint8, however it lies in memory."""
+    return to_float(torch.from_numpy(np.ascontiguousarray(images)))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 
-from toolkit.data.frames import ArrayDataset, Batches, FrameSet, load_frames, loader
+from toolkit.data.frames import ArrayDataset, Batches, FrameSet, evenly_spaced, load_frames, loader
 from toolkit.data.manifest import Manifest
 from toolkit.detector.augment import Augmentations, augmenter
 from toolkit.errors import UserError
@@ -110,7 +110,7 @@ class DetectorData(pl.LightningDataModule):
         part = self.frames.select(self.frames.table["split"] == split)
         if self.limit and len(part) > self.limit:
             keep = np.zeros(len(part), dtype=bool)
-            keep[np.linspace(0, len(part) - 1, self.limit).round().astype(int)] = True
+            keep[evenly_spaced(len(part), self.limit)] = True
             part = part.select(keep)
         return part
 

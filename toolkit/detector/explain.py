@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolkit.data.frames import FrameSet, to_float
+from toolkit.data.frames import FrameSet, as_float
 from toolkit.detector.module import Detector
 from toolkit.detector.networks import Residual
 from toolkit.errors import UserError
@@ -21,8 +22,8 @@ from toolkit.pictures import enlarge, grid, png
 @torch.inference_mode()
 def predict(detector: Detector, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """Calibrated P(fake) of ``(N, S, S, 3)`` uint8 frames, ``(N,)``."""
-    parts = (torch.from_numpy(np.ascontiguousarray(images[i : i + batch_size])) for i in range(0, len(images), batch_size))
-    return np.concatenate([detector(to_float(part.to(detector.device))).cpu().numpy() for part in parts])
+    parts = (as_float(images[i : i + batch_size]) for i in range(0, len(images), batch_size))
+    return np.concatenate([detector(part.to(detector.device)).cpu().numpy() for part in parts])
 
 
 def _as_map(output: Any) -> Tensor | None:
@@ -63,7 +64,7 @@ def grad_cam(detector: Detector, images: np.ndarray) -> np.ndarray:
     try:
         with torch.enable_grad():
             # A gradient on the input, so that maps have a history even where no weight is trained.
-            batch = to_float(torch.from_numpy(np.ascontiguousarray(images)).to(detector.device)).requires_grad_(True)
+            batch = as_float(images).to(detector.device).requires_grad_(True)
             odds = detector.log_odds(detector.net.logits(batch))
             if "map" not in last:
                 raise UserError("this detector has no feature map, so Grad-CAM has nothing to show (the spectrum baseline is linear)")
@@ -96,16 +97,17 @@ def residual_spectrum(images: np.ndarray) -> np.ndarray:
     """
     total, front = np.zeros(images.shape[1:3]), Residual()
     for start in range(0, len(images), 256):
-        part = to_float(torch.from_numpy(np.ascontiguousarray(images[start : start + 256])))
-        residual = front(part)[:, 1].double().numpy()
+        residual = front(as_float(images[start : start + 256]))[:, 1].double().numpy()
         total += (np.abs(np.fft.fft2(residual)) ** 2).sum(axis=0)
     return 10 * np.log10(np.fft.fftshift(total) / (len(images) * total.size) + 1e-12)
 
 
-def in_colour(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """``(H, W)`` values as an ``(H, W, 3)`` uint8 RGB picture, dark for ``low``, bright for ``high``."""
-    level = np.clip((values - low) / max(high - low, 1e-9), 0, 1)
-    return cv2.applyColorMap((level * 255).round().astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+def in_colour(spectra: Sequence[np.ndarray]) -> tuple[np.ndarray, float, float]:
+    """Spectra ``(S, S)`` as pictures ``(K, S, S, 3)`` uint8 RGB on one scale, dark to bright, and the scale's ends in decibels."""
+    low, high = np.percentile(spectra, [1, 99.8])
+    levels = (np.clip((s - low) / max(high - low, 1e-9), 0, 1) for s in spectra)
+    pictures = [cv2.applyColorMap((level * 255).round().astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1] for level in levels]
+    return np.stack(pictures), float(low), float(high)
 
 
 def overlay(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
@@ -146,8 +148,7 @@ def write_pictures(detector: Detector, frames: FrameSet, out: Path) -> None:
         for method in sorted(set(frames.table.loc[frames.table["label"] == "fake", "method"]))
     }
     spectra = {name: residual_spectrum(frames.select(keep).array()) for name, keep in kinds.items()}
-    low, high = np.percentile(list(spectra.values()), [1, 99.8])
-    pictures = np.stack([in_colour(s, low, high) for s in spectra.values()])
+    pictures, low, high = in_colour(list(spectra.values()))
     with atomic(out / "spectra.png") as temporary:
         temporary.write_bytes(png(enlarge(grid(pictures, columns=min(8, len(pictures))), max(1, 128 // size))))
     print(f"spectra.png, from left to right: {', '.join(spectra)}; {low:.0f} to {high:.0f} dB")

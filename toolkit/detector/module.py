@@ -16,12 +16,13 @@ from torch import Tensor, nn
 import toolkit
 from toolkit.activations.assign import apply_rules
 from toolkit.activations.module import ActivationModule
+from toolkit.checkpoints import load_module
 from toolkit.data.frames import to_float
 from toolkit.detector.networks import DetectorNetwork, FrontEnd, Stem, classification_loss
 from toolkit.errors import UserError
 from toolkit.metrics.detection import Estimate, aggregate, balanced_threshold, fit_temperature, ranking_measures, video_bootstrap
 from toolkit.parallel import from_all_processes, synchronise_batch_norm
-from toolkit.training import load_checkpoint, load_weights, random_state, require_finite, set_random_state, versions
+from toolkit.training import random_state, require_finite, set_random_state, versions
 
 NETWORKS = ("backbone", "head")
 
@@ -296,20 +297,9 @@ class Detector(pl.LightningModule):
         Raises:
             UserError: not a detector's checkpoint, or one of another architecture or of unknown activations.
         """
-        path = Path(path)
-        checkpoint = load_checkpoint(path, "detector")
-        saved = checkpoint["toolkit"]
-        try:
-            module = cls(**{**saved["options"], **({"prefer": prefer} if prefer is not None else {})})
-        except UserError:
-            raise
-        except Exception as error:
-            # Options of another version, or of a damaged file, can fail anywhere in the making of a network.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"{path} was made by another version of the toolkit, or is damaged: {reason}") from error
-        load_weights(module, checkpoint["state_dict"], path)
+        module, saved = load_module("detector", cls, Path(path), prefer)
         module.preprocessing = saved["preprocessing"]
-        return module.eval()
+        return module
 
 
 def summarise(table: pd.DataFrame, threshold: float, *, resamples: int = 1000, seed: int = 0) -> dict[str, Estimate]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 
-from toolkit.data.frames import ArrayDataset, Batches, FrameSet, load_frames, loader
+from toolkit.data.frames import ArrayDataset, Batches, FrameSet, evenly_spaced, load_frames, loader
 from toolkit.data.manifest import Manifest
 from toolkit.errors import UserError
 
@@ -100,9 +99,7 @@ class GANData(pl.LightningDataModule):
         if not len(part):
             return []
         rows = part.rows()
-        limit = int(self.options["validation_frames"])
-        if len(rows) > limit:
-            rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+        rows = rows[evenly_spaced(len(rows), int(self.options["validation_frames"]))]
         return loader(ArrayDataset(part.images, rows), None, batch_size=256)
 
     def val_dataloader(self) -> Any:

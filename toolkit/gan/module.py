@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 import toolkit
 from toolkit.activations.assign import apply_rules
 from toolkit.activations.module import ActivationModule
-from toolkit.data.frames import to_float
+from toolkit.checkpoints import load_module
+from toolkit.data.frames import evenly_spaced, to_float
 from toolkit.errors import UserError
 from toolkit.gan.losses import LOSSES, LossName, gradient_penalty, r1_penalty
 from toolkit.gan.networks import Discriminator, Generator, Norm, Upsampling, initialise
 from toolkit.parallel import from_all_processes, synchronise_batch_norm
-from toolkit.training import load_checkpoint, load_weights, require_finite, versions
+from toolkit.training import require_finite, versions
 
 NETWORKS = ("generator", "discriminator")
 NetworkRules = dict[str, dict[str, str | dict[str, Any]]]
@@ -317,7 +317,7 @@ class GAN(pl.LightningModule):
         fake = _spread(self.fixed_images(64))
         if self._real_diversity is None:
             dataset = self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
-            places = np.linspace(0, len(dataset) - 1, min(64, len(dataset))).round().astype(int)
+            places = evenly_spaced(len(dataset), 64)
             self._real_diversity = _spread(
                 dataset[0]["image"].numpy()[None] if len(dataset) < 2 else dataset.__getitems__(places)["image"].numpy()
             )
@@ -347,19 +347,7 @@ class GAN(pl.LightningModule):
         Raises:
             UserError: not a GAN checkpoint, or one of another architecture or of unknown activations.
         """
-        path = Path(path)
-        checkpoint = load_checkpoint(path, "gan")
-        options: Mapping[str, Any] = checkpoint["toolkit"]["options"]
-        try:
-            module = cls(**{**options, **({"prefer": prefer} if prefer is not None else {})})
-        except UserError:
-            raise
-        except Exception as error:
-            # Options of another version, or of a damaged file, can fail anywhere in the making of a network.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"{path} was made by another version of the toolkit, or is damaged: {reason}") from error
-        load_weights(module, checkpoint["state_dict"], path)
-        return module.eval()
+        return load_module("gan", cls, Path(path), prefer)[0]
 
 
 def _spread(images: np.ndarray) -> float:

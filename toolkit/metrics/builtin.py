@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
+from toolkit.data.frames import evenly_spaced
 from toolkit.hookspecs import hookimpl
 from toolkit.metrics import distances, images, video
 from toolkit.metrics.features import FeatureSpace
@@ -15,6 +16,7 @@ from toolkit.metrics.measure import ClipSet, Measure
 MOVES_TOO_LITTLE = 0.1
 VARIES_TOO_LITTLE = 0.1
 PAIRS = 128
+SLICED_IMAGES = 256
 
 
 def _frechet(real: ClipSet, fake: ClipSet, space: FeatureSpace) -> float:
@@ -38,11 +40,8 @@ def _manifold(name: str) -> Callable[[ClipSet, ClipSet, FeatureSpace], float]:
 
 
 def _sliced(real: ClipSet, fake: ClipSet) -> float:
-    return float(np.mean(list(images.pyramid_distance(_thin(real.frames), _thin(fake.frames)).values())))
-
-
-def _thin(frames: np.ndarray, limit: int = 256) -> np.ndarray:
-    return frames if len(frames) <= limit else frames[np.linspace(0, len(frames) - 1, limit).round().astype(int)]
+    thin = (s.frames[evenly_spaced(len(s.frames), SLICED_IMAGES)] for s in (real, fake))
+    return float(np.mean(list(images.pyramid_distance(*thin).values())))
 
 
 def _spectrum(real: ClipSet, fake: ClipSet) -> float:

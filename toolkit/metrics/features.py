@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit.data.frames import as_float
 from toolkit.errors import UserError, closest
 from toolkit.files import atomic
 
@@ -147,7 +148,7 @@ def train_features(images: np.ndarray, *, steps: int | None = None, batch_size: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = DenoisingAutoencoder()
-    small = torch.cat([_at_most(_as_float(images[i : i + 512]), network.SIDE) for i in range(0, len(images), 512)])
+    small = torch.cat([_at_most(as_float(images[i : i + 512]), network.SIDE) for i in range(0, len(images), 512)])
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 2))
     for _ in range(steps):
@@ -270,15 +271,9 @@ def random_space() -> FeatureSpace:
     return FeatureSpace("random", RandomConv().eval())
 
 
-def _as_float(images: np.ndarray) -> Tensor:
-    from toolkit.data.frames import to_float
-
-    return to_float(torch.from_numpy(np.ascontiguousarray(images)))
-
-
 @torch.no_grad()
 def extract(network: nn.Module, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """Features of ``(N, H, W, 3)`` uint8 images as ``(N, D)`` float64."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    parts = [network(_as_float(images[i : i + batch_size]).to(device)).cpu() for i in range(0, len(images), batch_size)]
+    parts = [network(as_float(images[i : i + batch_size]).to(device)).cpu() for i in range(0, len(images), batch_size)]
     return torch.cat(parts).double().numpy()

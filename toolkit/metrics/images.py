@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.data.frames import evenly_spaced
+
 _BINOMIAL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16.0
 
 
@@ -79,7 +81,7 @@ def pyramid_distance(
     count = min(len(real), len(fake))
     sets = []
     for images in (real, fake):
-        chosen = images[np.linspace(0, len(images) - 1, count).round().astype(int)]
+        chosen = images[evenly_spaced(len(images), count)]
         # The published code works on intensities in 0..255; the normalisation makes the scale irrelevant.
         sets.append(laplacian_pyramid(torch.from_numpy(chosen).permute(0, 3, 1, 2).float()))
     result: dict[int, float] = {}

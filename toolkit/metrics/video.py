@@ -86,8 +86,3 @@ def flow_figures(clip: np.ndarray) -> np.ndarray:
         before = forward, visible
     figures = (errors, speeds, moving_speeds, accelerations)
     return np.array([float(np.mean(v)) if v else float("nan") for v in figures])
-
-
-def warping_error(clip: np.ndarray) -> float:
-    """The warping error of :func:`flow_figures`: mean over unoccluded pixels, in grey levels of 0..255."""
-    return float(flow_figures(clip)[0])

@@ -13,6 +13,7 @@ import pandas as pd
 import pytorch_lightning as pl
 
 from toolkit.activations.health import ActivationHealth
+from toolkit.checkpoints import AtomicCheckpoints, Checkpoints, load_checkpoint
 from toolkit.detector.augment import Augmentations
 from toolkit.detector.data import DetectorData
 from toolkit.detector.module import Detector, summarise
@@ -25,7 +26,7 @@ from toolkit.metrics.features import network_hash, save_features, train_features
 from toolkit.study import judge
 from toolkit.study.material import detector_frames, real_frames
 from toolkit.study.spec import Cell, Study
-from toolkit.training import AtomicCheckpoints, Checkpoints, CollapseWatch, Diverged, History, load_checkpoint, versions
+from toolkit.training import CollapseWatch, Diverged, History, versions
 
 # Without a version counter a resumed run overwrites a best.ckpt that its own interrupted part left behind.
 _KEEP: dict[str, Any] = {"auto_insert_metric_name": False, "enable_version_counter": False}

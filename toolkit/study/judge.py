@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.data.audit import audit
-from toolkit.data.frames import FrameSet
+from toolkit.data.frames import FrameSet, evenly_spaced
 from toolkit.data.video import write_video
 from toolkit.detector.data import join_frames
 from toolkit.detector.explain import cam_picture, predict, residual_spectrum
@@ -17,12 +17,10 @@ from toolkit.detector.module import Detector
 from toolkit.detector.robustness import curves
 from toolkit.errors import UserError
 from toolkit.files import atomic, read_json
-from toolkit.metrics import ClipSet, all_measures, figures
+from toolkit.metrics import ClipSet, Measure, all_measures, figures
 from toolkit.pictures import enlarge, grid, png, tile_clips
 from toolkit.study.material import (
     detector_real_frames,
-    evenly,
-    evenly_spaced,
     fake_frames,
     learned_frames,
     real_frames,
@@ -37,7 +35,11 @@ def show(folder: Path, clips: list[np.ndarray], images: np.ndarray) -> None:
     """Write ``walk.webm``, clips side by side, and ``grid.png``, images in a grid."""
     write_video(folder / "walk.webm", tile_clips(clips, columns=3, scale=2), fps=25)
     with atomic(folder / "grid.png") as temporary:
-        temporary.write_bytes(png(grid(evenly_spaced(images, 32), columns=8)))
+        temporary.write_bytes(png(grid(images[evenly_spaced(len(images), 32)], columns=8)))
+
+
+def _evenly(clips: list[np.ndarray], limit: int) -> list[np.ndarray]:
+    return [clips[i] for i in evenly_spaced(len(clips), limit)]
 
 
 def _sets(frames: FrameSet, cell: Cell, part: slice = slice(None)) -> tuple[ClipSet, ClipSet]:
@@ -48,8 +50,9 @@ def _sets(frames: FrameSet, cell: Cell, part: slice = slice(None)) -> tuple[Clip
     options = cell.options["clips"]
     runs = frames.clips(options["frames"])[0][part]
     if not runs:
-        return ClipSet.of_images(evenly_spaced(frames.array()[part], options["images"])), ClipSet([])
-    return ClipSet(evenly(runs, max(REAL_CLIPS, options["images"] // options["frames"]))), ClipSet(evenly(runs, REAL_CLIPS))
+        images = frames.array()[part]
+        return ClipSet.of_images(images[evenly_spaced(len(images), options["images"])]), ClipSet([])
+    return ClipSet(_evenly(runs, max(REAL_CLIPS, options["images"] // options["frames"]))), ClipSet(_evenly(runs, REAL_CLIPS))
 
 
 _references: dict[str, tuple[ClipSet, ClipSet]] = {}
@@ -64,20 +67,21 @@ def _reference(study: Study, cell: Cell) -> tuple[ClipSet, ClipSet]:
     return _references[key]
 
 
-def _measure(study: Study, real: tuple[ClipSet, ClipSet], fake: tuple[ClipSet, ClipSet]) -> list[dict[str, Any]]:
-    return figures(all_measures(study.spaces()), (real[0], fake[0]), (real[1], fake[1]))
+def _measure(measures: list[Measure], real: tuple[ClipSet, ClipSet], fake: tuple[ClipSet, ClipSet]) -> list[dict[str, Any]]:
+    return figures(measures, (real[0], fake[0]), (real[1], fake[1]))
 
 
 def run_real(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     """Real against real: every second run of the GANs' own training frames against the others, which is the floor of
     every measure, and people whom no GAN has seen against the training frames, which is how far apart people are."""
+    measures = all_measures(study.spaces())
     learned = learned_frames(study, cell)
-    floor = _measure(study, *(_sets(learned, cell, slice(place, None, 2)) for place in (0, 1)))
+    floor = _measure(measures, *(_sets(learned, cell, slice(place, None, 2)) for place in (0, 1)))
     frames = real_frames(study, cell)
     others = frames.select(frames.table["split"] == "test")
-    strangers = _measure(study, _reference(study, cell), _sets(others, cell))
+    strangers = _measure(measures, _reference(study, cell), _sets(others, cell))
     clips, videos = others.clips(cell.options["clips"]["frames"])
-    shown = evenly(clips, SHOWN_CLIPS) or [others.array()[:1]]
+    shown = _evenly(clips, SHOWN_CLIPS) or [others.array()[:1]]
     show(folder, [np.concatenate([c, c[::-1]]) for c in shown], others.array())
     people = sorted(set(others.table["identity"]))
     return {"status": "done", "measures": floor, "others": strangers, "identities": people, "videos": len(set(videos))}
@@ -89,16 +93,17 @@ def run_quality(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     trained = read_json(made / "result.json")
     if trained["status"] != "done":
         return {"status": "skipped", "message": "its generator diverged", "measures": [], "best": []}
+    measures = all_measures(study.spaces())
     real = _reference(study, cell)
     images, clips = np.load(made / "images.npy"), np.load(made / "clips.npy")
-    final = _measure(study, real, (ClipSet.of_images(images), ClipSet(list(clips))))
+    final = _measure(measures, real, (ClipSet.of_images(images), ClipSet(list(clips))))
     best: list[dict[str, Any]] = []
     if (made / "images-best.npy").is_file():
         chosen = np.load(made / "images-best.npy")
         if np.array_equal(chosen, images):
-            best = [row for row in final if row["metric"] in {m.name for m in all_measures(study.spaces()) if m.on == "images"}]
+            best = [row for row in final if row["metric"] in {m.name for m in measures if m.on == "images"}]
         else:
-            best = _measure(study, real, (ClipSet.of_images(chosen), ClipSet([])))
+            best = _measure(measures, real, (ClipSet.of_images(chosen), ClipSet([])))
     return {"status": "done", "measures": final, "best": best, "best_step": trained.get("best_step")}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import numpy as np
 
 from toolkit.data.fakes import fake_table
@@ -11,8 +9,6 @@ from toolkit.data.frames import FrameSet, load_frames
 from toolkit.detector.data import join_frames
 from toolkit.files import read_json
 from toolkit.study.spec import CONTROL, Cell, Study
-
-T = TypeVar("T")
 
 
 def real_frames(study: Study, cell: Cell) -> FrameSet:
@@ -25,16 +21,6 @@ def learned_frames(study: Study, cell: Cell) -> FrameSet:
     """The real frames that the GANs learn from."""
     frames = real_frames(study, cell)
     return frames.select((frames.table["split"] == "train") & frames.table["identity"].isin(cell.options["data"]["gan"]))
-
-
-def evenly(items: list[T], limit: int) -> list[T]:
-    """At most ``limit`` of ``items``, evenly spaced."""
-    return items if len(items) <= limit else [items[int(i)] for i in np.linspace(0, len(items) - 1, limit).round()]
-
-
-def evenly_spaced(array: np.ndarray, limit: int) -> np.ndarray:
-    """At most ``limit`` entries of an array, evenly spaced."""
-    return array if len(array) <= limit else array[np.linspace(0, len(array) - 1, limit).round().astype(int)]
 
 
 def in_clips(frames: FrameSet, length: int) -> FrameSet:

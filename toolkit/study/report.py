@@ -117,8 +117,8 @@ def _rules(options: dict[str, Any]) -> str:
     return "; ".join(f"{pattern}: {value}" for pattern, value in rules.items()) or "as built"
 
 
-def _data_url(path: Path, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _clips(study: Study, cells: Cells, labels: list[str]) -> list[dict[str, Any]]:
@@ -134,8 +134,8 @@ def _clips(study: Study, cells: Cells, labels: list[str]) -> list[dict[str, Any]
             shown.append(
                 {
                     "label": "real people no GAN has seen" if place[0] == REAL else place[0],
-                    "video": _data_url(folder / "walk.webm", "video/webm"),
-                    "grid": _data_url(folder / "grid.png", "image/png"),
+                    "video": _data_url((folder / "walk.webm").read_bytes(), "video/webm"),
+                    "grid": _data_url((folder / "grid.png").read_bytes(), "image/png"),
                 }
             )
     return shown
@@ -149,16 +149,13 @@ def _seen(study: Study, cells: Cells, labels: list[str]) -> list[dict[str, str]]
     if not spectra:
         return []
     real = np.array(next(iter(tests.values()))[1]["spectra"]["real"])
-    low, high = np.percentile([real, *spectra.values()], [1, 99.8])
-
-    def picture(spectrum: np.ndarray) -> str:
-        data = png(enlarge(in_colour(spectrum, low, high), max(1, 128 // len(spectrum))))
-        return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-    shown = [{"label": "real", "spectrum": picture(real), "cam": ""}]
-    for label, spectrum in spectra.items():
-        path = study.path(tests[label][0]["key"]) / "gradcam.png"
-        shown.append({"label": label, "spectrum": picture(spectrum), "cam": _data_url(path, "image/png") if path.is_file() else ""})
+    pictures, _, _ = in_colour([real, *spectra.values()])
+    shown = []
+    for label, picture in zip(["real", *spectra], pictures, strict=True):
+        path = study.path(tests[label][0]["key"]) / "gradcam.png" if label in tests else None
+        spectrum = _data_url(png(enlarge(picture, max(1, 128 // len(picture)))), "image/png")
+        cam = _data_url(path.read_bytes(), "image/png") if path is not None and path.is_file() else ""
+        shown.append({"label": label, "spectrum": spectrum, "cam": cam})
     return shown
 
 
