@@ -20,6 +20,29 @@ def _always(function: Native) -> Callable[[Mapping[str, float | str], tuple[str,
     return lambda fixed, learned: None if learned else function
 
 
+def _slope_from_output(fixed: Mapping[str, float | str], learned: tuple[str, ...]) -> Native | None:
+    slope = float(fixed["negative_slope"])
+    # With a positive slope the output has the sign of the input.
+    return None if learned or slope <= 0.0 else lambda y: torch.where(y > 0, 1.0, slope)
+
+
+def _softplus_from_output(fixed: Mapping[str, float | str], learned: tuple[str, ...]) -> Native | None:
+    beta = float(fixed["beta"])
+    # sigmoid(t) = 1 - e^-log(1 + e^t)
+    return None if learned else lambda y: -torch.expm1(-beta * y)
+
+
+_SOFTSIGN = """
+def dx(x):
+    r = 1.0 / (1.0 + tl.abs(x))
+    return r * r
+
+def dxx(x):
+    r = 1.0 / (1.0 + tl.abs(x))
+    return tl.where(x < 0, 2.0, tl.where(x > 0, -2.0, 0.0)) * r * r * r
+"""
+
+
 def _leaky_relu(x: Tensor, negative_slope: Tensor | float) -> Tensor:
     return torch.where(x > 0, x, negative_slope * x)
 
@@ -31,18 +54,23 @@ def _native_leaky_relu(fixed: Mapping[str, float | str], learned: tuple[str, ...
     return lambda x: F.leaky_relu(x, slope)
 
 
+def _not_above_zero(x: Tensor) -> Tensor:
+    # The exponential of a large positive x would overflow, and its unused infinity would spoil the gradient. Not clamp:
+    # its derivative at zero itself is a matter of the version of PyTorch, and that of these functions is one.
+    return torch.where(x > 0, 0.0, x)
+
+
 def _elu(x: Tensor, alpha: Tensor | float) -> Tensor:
-    # The exponential of a large positive x would overflow, and its unused infinity would spoil the gradient.
-    return torch.where(x > 0, x, alpha * torch.expm1(torch.clamp(x, max=0.0)))
+    return torch.where(x > 0, x, alpha * torch.expm1(_not_above_zero(x)))
 
 
 def _celu(x: Tensor, alpha: Tensor | float) -> Tensor:
-    return torch.where(x > 0, x, alpha * torch.expm1(torch.clamp(x, max=0.0) / alpha))
+    return torch.where(x > 0, x, alpha * torch.expm1(_not_above_zero(x) / alpha))
 
 
 def _selu(x: Tensor) -> Tensor:
     alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-    return scale * torch.where(x > 0, x, alpha * torch.expm1(torch.clamp(x, max=0.0)))
+    return scale * torch.where(x > 0, x, alpha * torch.expm1(_not_above_zero(x)))
 
 
 def _native_swish(fixed: Mapping[str, float | str], learned: tuple[str, ...]) -> Native | None:
@@ -51,9 +79,12 @@ def _native_swish(fixed: Mapping[str, float | str], learned: tuple[str, ...]) ->
 
 def _gelu(x: Tensor, approximate: str) -> Tensor:
     if approximate == "tanh":
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        # Beyond 10 the tanh is 1 to the last bit of float64, and the cube of a large x would overflow.
+        c = torch.clamp(x, -10.0, 10.0)
+        inner = 0.7978845608028654 * (c + 0.044715 * c * c * c)
         return 0.5 * x * (1.0 + torch.tanh(inner))
-    return 0.5 * x * (1.0 + torch.erf(x * 0.7071067811865476))
+    # Likewise the square of a large x, in the derivative.
+    return 0.5 * x * (1.0 + torch.erf(torch.clamp(x, -40.0, 40.0) * 0.7071067811865476))
 
 
 def _native_gelu(fixed: Mapping[str, float | str], learned: tuple[str, ...]) -> Native | None:
@@ -62,9 +93,8 @@ def _native_gelu(fixed: Mapping[str, float | str], learned: tuple[str, ...]) -> 
 
 
 def _softplus(x: Tensor, beta: Tensor | float) -> Tensor:
-    # log(1 + e^t) = max(t, 0) + log1p(e^-|t|): no overflow for any t.
-    t = beta * x
-    return (torch.clamp(t, min=0.0) + torch.log1p(torch.exp(-torch.abs(t)))) / beta
+    # log(1 + e^t) = -log(sigmoid(-t)), which PyTorch computes without overflow and differentiates rightly at zero.
+    return -F.logsigmoid(-beta * x) / beta
 
 
 def _native_softplus(fixed: Mapping[str, float | str], learned: tuple[str, ...]) -> Native | None:
@@ -112,6 +142,7 @@ def toolkit_activations() -> list[Activation]:
             _leaky_relu,
             parameters={"negative_slope": slope},
             native=_native_leaky_relu,
+            from_output=_slope_from_output,
             reference="Maas, Hannun & Ng 2013, eq. 3",
         ),
         Activation(
@@ -119,6 +150,7 @@ def toolkit_activations() -> list[Activation]:
             _leaky_relu,
             parameters={"negative_slope": Parameter(0.25, learn=True)},
             native=_native_leaky_relu,
+            from_output=_slope_from_output,
             reference="He et al. 2015, arXiv:1502.01852, eq. 1",
         ),
         Activation(
@@ -159,9 +191,16 @@ def toolkit_activations() -> list[Activation]:
             _softplus,
             parameters={"beta": Parameter(1.0, above=0.0)},
             native=_native_softplus,
+            from_output=_softplus_from_output,
             reference="Dugas et al. 2001",
         ),
-        Activation("softsign", lambda x: x / (1.0 + torch.abs(x)), native=_always(F.softsign), reference="Glorot & Bengio 2010"),
+        Activation(
+            "softsign",
+            lambda x: x / (1.0 + torch.abs(x)),
+            native=_always(F.softsign),
+            triton=_SOFTSIGN,  # the derived form is a difference of two numbers that are close for large x
+            reference="Glorot & Bengio 2010",
+        ),
         Activation(
             "snake",
             lambda x, a: x + torch.sin(a * x) ** 2 / a,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from toolkit.activations.module import ActivationModule
     from toolkit.activations.properties import Properties
 
 RESERVED = ("name", "learn", "per_channel", "x")
@@ -105,6 +106,12 @@ class Activation:
         native: ``(fixed, learned) -> function or None``: given the fixed parameters' values and the learned ones' names,
             a function ``(x, *learned) -> tensor`` that computes the same faster in eager PyTorch, or None when there
             is none for these. The formula stays the reference.
+        from_output: ``(fixed, learned) -> function or None``: the derivative as a function of the *output*, in PyTorch, for
+            these parameters. Where it is exact, kernels keep the output for backward, which the next layer keeps anyway.
+        triton: source of hand-written scalar Triton functions that replace those derived from the formula, or a function
+            ``(fixed, learned) -> source``. Each is a plain ``def`` of ``x`` and the numeric parameters, named as in
+            :func:`toolkit_triton.formula.write`: ``value``, ``dx``, ``dxx``, ``d_NAME``, ...; ``tl`` is at hand.
+        implementation: the :class:`~toolkit.activations.module.ActivationModule` that computes it; a backend's own.
         output_range, gain, smoothness, monotonic: override what :mod:`toolkit.activations.properties` measures.
 
     Raises:
@@ -118,6 +125,9 @@ class Activation:
     aliases: tuple[str, ...] = ()
     module: Callable[..., torch.nn.Module] | None = None
     native: Callable[[Mapping[str, Value], tuple[str, ...]], Callable[..., Tensor] | None] | None = None
+    from_output: Callable[[Mapping[str, Value], tuple[str, ...]], Callable[[Tensor], Tensor] | None] | None = None
+    triton: str | Callable[[Mapping[str, Value], tuple[str, ...]], str] = ""
+    implementation: type[ActivationModule] | None = None
     output_range: tuple[float, float] | None = None
     gain: float | None = None
     smoothness: int | None = None
