@@ -20,7 +20,7 @@ COMMANDS = {
     "detector": ("toolkit.detector.cli", "fit, test: train and measure a frame-level fake detector; robustness: spoiled frames"),
     "detect": ("toolkit.detector.detect", "score video files with a trained detector"),
     "study": ("toolkit.study.cli", "run, status, report: a grid of activations x seeds, and its report"),
-    "plugins": ("toolkit.activations.cli", "list: what is installed and where it comes from"),
+    "plugins": ("toolkit.activations.cli", "list: what is installed and where it comes from; show: one activation"),
     "layers": ("toolkit.activations.cli", "the sites of a network and the activation at each"),
     "bench": ("toolkit.bench", "step: training speed against plain PyTorch; detect: speed of detection"),
 }
@@ -80,7 +80,7 @@ def _has_foreign_plugins() -> bool:
     """Whether a plugin other than our own is installed, told from metadata alone: imports nothing."""
     from toolkit.plugins import FILES_VARIABLE, GROUP
 
-    own = ("toolkit_builtin",)
+    own = ("toolkit_builtin", "toolkit_triton")
     return bool(os.environ.get(FILES_VARIABLE)) or any(
         e.module.split(".")[0] not in own for e in importlib.metadata.entry_points(group=GROUP)
     )

@@ -35,6 +35,22 @@ def toolkit_activations() -> list[Activation]:  # type: ignore[empty-body]
 
 
 @hookspec
+def toolkit_activation_backends() -> Callable[[Activation], Activation]:  # type: ignore[empty-body]
+    """Another implementation of everyone's activations, found under this plugin's name.
+
+    Returns a function from a declaration to the same declaration with ``implementation`` set, a subclass of
+    :class:`toolkit.activations.module.ActivationModule`. It raises :class:`toolkit.errors.UserError` with the reason, in a
+    few words, for an activation that it has no version of.
+
+    Example::
+
+        @hookimpl
+        def toolkit_activation_backends():
+            return lambda activation: dataclasses.replace(activation, implementation=MyModule)
+    """
+
+
+@hookspec
 def toolkit_metrics() -> list[Measure]:  # type: ignore[empty-body]
     """Measures of synthetic clips; each appears in the results table and in the report of a study.
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
+import hashlib
+
 import math
 import operator
 import textwrap
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.func import functionalize
 
 from toolkit.activations.declare import Activation
 from toolkit.activations.spec import ActivationSpec, Value
@@ -30,8 +31,10 @@ Text = str
 Operand = float | bool | Text
 """What a node of the graph has become: a known number, or a piece of source."""
 
+MAX_PARAMETERS = 4
+"""Learned parameters that the kernels have room for."""
 _INLINE = 60
-_NEEDED_HELPERS = ("sigmoid", "tanh", "expm1", "log1p", "sin", "cos", "power")
+_NEEDED_HELPERS = ("sigmoid", "tanh", "expm1", "log1p", "sin", "cos", "atan", "asinh", "power")
 
 
 class NoTriton(Exception):
@@ -43,8 +46,8 @@ class Scalars:
     """The scalar functions of one activation at given fixed parameters, as Triton source.
 
     Attributes:
-        key: the canonical string of the activation, e.g. ``swish(beta=1.5, learn=beta)``; also the name under which the
-            registered operators find these functions.
+        key: the canonical string of the activation and a hash of the source, e.g. ``swish(beta=1.5, learn=beta)@1f...``; the
+            name under which the operators find these functions.
         learned: names of the learned parameters, in the order in which kernels receive them.
         source: the source of a Python module with ``value``, ``dx``, ``dxx`` and so on; see :func:`write`.
         needs: what the derivative by x is computed from: the ``input``, the ``output``, or ``none`` where it is constant.
@@ -95,11 +98,20 @@ def _trace(function: Callable[..., Tensor], count: int) -> GraphModule:
     # Any positive numbers do: the graph depends on shapes and types alone.
     example = [torch.linspace(0.2, 0.8, 3) for _ in range(count)]
     graph: GraphModule = make_fx(traced, decomposition_table=dict(_decompositions()), tracing_mode="real")(*example)
-    if any(getattr(n.target, "_schema", None) is not None and n.target._schema.is_mutable for n in graph.graph.nodes):  # type: ignore[union-attr]
+    if any(getattr(n.target, "_schema", None) is not None and n.target._schema.is_mutable for n in graph.graph.nodes):
         graph = make_fx(functionalize(graph), tracing_mode="real")(*example)
     _avoid_cancellation(graph)
     graph.graph.eliminate_dead_code()
     return graph
+
+
+def _is_one(argument: Any) -> bool:
+    """Whether an argument of a node is the number 1, plainly or as a tensor of ones."""
+    while isinstance(argument, Node) and argument.target is aten.copy.default:
+        argument = argument.args[1]
+    if isinstance(argument, Node) and argument.target in (aten.full_like.default, aten.full.default):
+        argument = argument.args[1]
+    return argument == 1 or (isinstance(argument, Node) and argument.target is aten.ones_like.default)
 
 
 def _avoid_cancellation(graph: GraphModule) -> None:
@@ -108,22 +120,23 @@ def _avoid_cancellation(graph: GraphModule) -> None:
         if node.target in (aten.detach.default, aten.alias.default, aten.clone.default):
             node.replace_all_uses_with(node.args[0])
             continue
-        if len(node.args) != 2 or node.kwargs or 1 not in node.args:
+        if len(node.args) != 2 or node.kwargs:
             continue
-        (inner,) = (a for a in node.args if not isinstance(a, int | float)) if not node.args[0] == node.args[1] else (None,)
-        if not isinstance(inner, Node):
-            continue
+        a, b = node.args
+        better: Node | None = None
         with graph.graph.inserting_before(node):
-            if node.target in (aten.sub.Tensor, aten.rsub.Scalar) and inner.target is aten.sigmoid.default:
-                if node.args[0] is inner and node.target is aten.sub.Tensor:
-                    continue  # sigmoid(t) - 1
-                minus = graph.graph.call_function(aten.neg.default, (inner.args[0],))
+            if node.target is aten.sub.Tensor and _is_one(a) and isinstance(b, Node) and b.target is aten.sigmoid.default:
+                minus = graph.graph.call_function(aten.neg.default, (b.args[0],))
                 better = graph.graph.call_function(aten.sigmoid.default, (minus,))
-            elif node.target in (aten.add.Tensor, aten.add.Scalar) and inner.target is aten.expm1.default:
-                better = graph.graph.call_function(aten.exp.default, (inner.args[0],))
-            else:
-                continue
-        node.replace_all_uses_with(better)
+            elif node.target in (aten.add.Tensor, aten.add.Scalar) and (_is_one(a) or _is_one(b)):
+                inner = b if _is_one(a) else a
+                if isinstance(inner, Node) and inner.target is aten.expm1.default:
+                    better = graph.graph.call_function(aten.exp.default, (inner.args[0],))
+            elif node.target is aten.rsub.Scalar and _is_one(b) and isinstance(a, Node) and a.target is aten.sigmoid.default:
+                minus = graph.graph.call_function(aten.neg.default, (a.args[0],))
+                better = graph.graph.call_function(aten.sigmoid.default, (minus,))
+        if better is not None:
+            node.replace_all_uses_with(better)
 
 
 def _number(value: float | bool) -> str:
@@ -298,6 +311,12 @@ _PRINT: dict[Any, Callable[..., Any]] = {
     aten.pow.Tensor_Scalar: _power, aten.pow.Tensor_Tensor: _power, aten.pow.Scalar: _power,
     aten.full_like.default: _full, aten.full.default: _full,
     aten.ones_like.default: lambda *_, **__: 1.0, aten.zeros_like.default: lambda *_, **__: 0.0,
+    # Memory that is about to be written: what is copied there counts.
+    aten.empty.memory_format: lambda *_, **__: 0.0, aten.empty_like.default: lambda *_, **__: 0.0,
+    aten.empty_permuted.default: lambda *_, **__: 0.0, aten.copy.default: lambda _, b, **__: b,
+    aten.hardshrink_backward.default: lambda g, x, limit: _where(f"tl.abs({x}) <= {limit}", 0.0, g),
+    aten.softshrink_backward.default: lambda g, x, limit: _where(f"tl.abs({x}) <= {limit}", 0.0, g),
+    aten.atan.default: _call("atan"), aten.asinh.default: _call("asinh"),
     aten.scalar_tensor.default: _keep, aten.lift_fresh_copy.default: _keep,
     aten._to_copy.default: _convert, torch.ops.prims.convert_element_type.default: _convert,
     aten.clone.default: _keep, aten.detach.default: _keep, aten.alias.default: _keep,
@@ -465,7 +484,8 @@ def write(activation: Activation, values: Mapping[str, Value], learned: tuple[st
         learned if learned else None,
     )
     source = _module(str(spec), functions, learned, own, twice, needs)
-    return Scalars(str(spec), learned, source, needs, identity, twice, chosen, h)
+    key = f"{spec}@{hashlib.sha256(source.encode()).hexdigest()[:10]}"
+    return Scalars(key, learned, source, needs, identity, twice, chosen, h)
 
 
 def _derivative_of_output(
@@ -482,15 +502,16 @@ def _derivative_of_output(
 
     graph: GraphModule = make_fx(joint, decomposition_table=dict(_decompositions()), tracing_mode="real")(torch.linspace(0.2, 0.8, 3))
     (x,) = graph.graph.find_nodes(op="placeholder")
-    value, slope = graph.graph.output_node().args[0]  # type: ignore[misc, union-attr]
+    results: Any = graph.graph.output_node().args[0]
+    value, slope = results
     same = {value}
-    while value.target in (aten.detach.default, aten.alias.default):  # type: ignore[union-attr]
-        value = value.args[0]  # type: ignore[union-attr, assignment]
+    while value.target in (aten.detach.default, aten.alias.default):
+        value = value.args[0]
         same.add(value)
     if slope in same or value is x:
         return None
     seen: set[Node] = set()
-    todo: list[Node] = [slope]  # type: ignore[list-item]
+    todo: list[Node] = [slope]
     while todo:
         node = todo.pop()
         if node is x:
@@ -503,7 +524,7 @@ def _derivative_of_output(
             todo += node.all_input_nodes
 
     def from_output(y: Tensor) -> Tensor:
-        known: dict[Node, Any] = {node: y for node in same}
+        known: dict[Any, Any] = dict.fromkeys(same, y)
 
         def get(argument: Any) -> Any:
             return known.get(argument, y) if isinstance(argument, Node) else argument
@@ -513,7 +534,8 @@ def _derivative_of_output(
                 known[node] = node.target(*map(get, node.args), **{k: get(v) for k, v in node.kwargs.items()})
             elif node in seen and node.op == "get_attr":
                 known[node] = getattr(graph, str(node.target))
-        return known[slope]  # type: ignore[index]
+        result: Tensor = known[slope]
+        return result
 
     return from_output
 
@@ -521,7 +543,7 @@ def _derivative_of_output(
 def _own_functions(activation: Activation, values: Mapping[str, Value], learned: tuple[str, ...]) -> dict[str, str]:
     """The hand-written functions of a declaration, each with the uniform signature ``(x, P)`` added."""
     text = activation.triton if isinstance(activation.triton, str) else activation.triton(values, learned)
-    text = inspect.cleandoc(text)
+    text = textwrap.dedent(text).strip()
     if not text:
         return {}
     try:

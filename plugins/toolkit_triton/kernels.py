@@ -257,19 +257,21 @@ def backward_kernel(
 
 @triton.jit
 def norm_dx_kernel(
-    dy_ptr, x_ptr, g_ptr, dx_ptr, sums_ptr, count_ptr, mean_ptr, var_ptr, w_ptr, b_ptr, p_ptr, eps, N, C, S, blocks,
+    dy_ptr, x_ptr, g_ptr, dx_ptr, sums_ptr, count_ptr, mean_ptr, var_ptr, w_ptr, b_ptr, p_ptr, eps, count, N, C, S, blocks,
     DX: tl.constexpr, NP: tl.constexpr, PER_CHANNEL: tl.constexpr, AFFINE: tl.constexpr, HAVE_G: tl.constexpr,
-    LAST: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    COUNTED: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of batch norm in training (Ioffe & Szegedy 2015, section 3): ``scale (g - mean(g) - xhat mean(g xhat))``.
 
-    ``sums`` holds the sums of g and of g xhat per channel; g is read with HAVE_G, computed from dy otherwise.
+    ``sums`` holds the sums of g and of g xhat per channel, over ``count`` elements each (counted over processes and in memory
+    with COUNTED); g is read with HAVE_G, computed from dy otherwise.
     """
     program = tl.program_id(0)
     offsets, mask, channel, full = tile_at(program % blocks, program // blocks, N, C, S, LAST, R, K)
     inverse = tl.rsqrt(tl.load(var_ptr + channel).to(tl.float32) + eps)
     mean = tl.load(mean_ptr + channel).to(tl.float32)
-    count = tl.load(count_ptr + channel)
+    if COUNTED:
+        count = tl.load(count_ptr)
     mean_g = tl.load(sums_ptr + channel) / count
     mean_gx = tl.load(sums_ptr + C + channel) / count
     scale = inverse
@@ -361,9 +363,7 @@ def second_kernel(
 
 
 @triton.jit
-def statistics_kernel(
-    x_ptr, sums_ptr, N, C, S, blocks, splits, LAST: tl.constexpr, R: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr
-):
+def statistics_kernel(x_ptr, sums_ptr, N, C, S, blocks, splits, LAST: tl.constexpr, R: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr):
     """Count, mean and sum of squared deviations per channel and split (Welford 1962; Chan et al. 1979 joins them).
 
     Every place of the tile runs Welford's recurrence of its own, so that nothing is ever squared before its mean is off.
@@ -375,7 +375,7 @@ def statistics_kernel(
     mean = tl.zeros((R, K), tl.float32)
     squares = tl.zeros((R, K), tl.float32)
     for i in range(TILES):
-        offsets, mask, channel, full = tile_at(block, split * TILES + i, N, C, S, LAST, R, K)
+        offsets, mask, _, full = tile_at(block, split * TILES + i, N, C, S, LAST, R, K)
         if full:
             x = load(x_ptr, offsets, mask, False)
             count = count + 1.0
@@ -416,7 +416,7 @@ def join_kernel(
     sums_ptr, out_ptr, running_mean_ptr, running_var_ptr, batches_ptr, momentum, splits, C,
     RUNNING: tl.constexpr, CUMULATIVE: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Join the statistics of all splits (Chan, Golub & LeVeque 1979, eq. 2.1): count, mean, biased variance per channel.
+    """Join the statistics of all splits (Chan, Golub & LeVeque 1979, eq. 2.1): mean and biased variance per channel.
 
     With RUNNING the running mean and the unbiased running variance move by ``momentum``, or by one over the number of
     batches seen with CUMULATIVE.
@@ -434,9 +434,8 @@ def join_kernel(
     off = mean - middle[None, :]
     spread = tl.sum(squares + count * off * off, axis=0)
     variance = spread / tl.where(total > 0.0, total, 1.0)
-    tl.store(out_ptr + channels, total, mask=inside)
-    tl.store(out_ptr + C + channels, middle, mask=inside)
-    tl.store(out_ptr + 2 * C + channels, variance, mask=inside)
+    tl.store(out_ptr + channels, middle, mask=inside)
+    tl.store(out_ptr + C + channels, variance, mask=inside)
     if RUNNING:
         share = momentum
         if CUMULATIVE:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import os
 import tempfile
@@ -21,10 +20,14 @@ from toolkit.files import write_text
 from toolkit_triton import kernels
 from toolkit_triton.formula import Scalars
 
-TILE = 2048
+STREAM_TILE = 2048
+"""Elements of a tile of kernels that only stream: 16 a thread."""
+SUM_TILE = 1024
+"""The same with sums over channels, whose running sums take registers: 8 a thread."""
 WARPS = 4
+SUM_WARPS = 8
+"""With sums that take more registers, over learned parameters and in the second derivative."""
 MAX_SPLITS = 1024
-MAX_PARAMETERS = 4
 
 
 @functools.cache
@@ -37,7 +40,8 @@ def functions(scalars: Scalars) -> ModuleType:
     path = source_file(scalars)
     name = f"toolkit_triton_generated_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -45,8 +49,8 @@ def functions(scalars: Scalars) -> ModuleType:
 
 def source_file(scalars: Scalars) -> Path:
     """Write the source of an activation's functions where it is kept, once; returns the file."""
-    digest = hashlib.sha256(scalars.source.encode()).hexdigest()[:12]
-    file = f"{scalars.key.split('(')[0]}_{digest}.py"
+    spec, _, digest = scalars.key.rpartition("@")
+    file = f"{spec.split('(')[0]}_{digest}.py"
     home = Path(os.environ.get("TOOLKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepfake-toolkit")
     for folder in (home / "triton", Path(tempfile.gettempdir()) / f"deepfake-toolkit-{os.getuid()}" / "triton"):
         path = folder / file
@@ -81,15 +85,15 @@ class View:
     blocks: int
     tiles: int
 
-    def cut(self) -> dict[str, Any]:
+    def cut(self, many_sums: bool = False) -> dict[str, Any]:
         """Keyword arguments of every kernel."""
-        return {"LAST": self.last, "R": self.rows, "K": self.columns, "num_warps": WARPS}
+        return {"LAST": self.last, "R": self.rows, "K": self.columns, "num_warps": SUM_WARPS if many_sums else WARPS}
 
     def splits(self, device: torch.device, summing: bool) -> tuple[int, int]:
         """Splits of a block, and tiles in each: one tile a split, or enough programs to fill the device when summing."""
         if not summing:
             return self.tiles, 1
-        each = triton.next_power_of_2(max(1, -(-self.tiles * self.blocks // _programs(device))))
+        each = triton.next_power_of_2(max(1, min(self.tiles, -(-self.tiles * self.blocks // _programs(device)))))
         while -(-self.tiles // each) > MAX_SPLITS:
             each *= 2
         return -(-self.tiles // each), each
@@ -114,13 +118,13 @@ def _view(n: int, c: int, s: int, tile: int) -> View:
     return View(n, c, s, False, rows, columns, c, -(-n // rows) * -(-s // columns))
 
 
-def view(x: Tensor, channel_dim: int | None) -> View:
+def view(x: Tensor, channel_dim: int | None, tile: int = STREAM_TILE) -> View:
     """How kernels see ``x``, dense in memory; ``channel_dim`` is None where channels do not matter."""
     if channel_dim is None or x.shape[channel_dim] == 1:
-        return _view(1, 1, x.numel(), TILE)
+        return _view(1, 1, x.numel(), tile)
     # In a tensor without gaps the stride of a dimension is the size of all that lies inside it.
     c, s = x.shape[channel_dim], x.stride(channel_dim)
-    return _view(x.numel() // (c * s), c, s, TILE)
+    return _view(x.numel() // (c * s), c, s, tile)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -203,8 +207,9 @@ def backward(
         saved: the output with ``from_output``, else what ``bias`` is added to; None where the slope is constant.
     """
     g = torch.empty_like(dy)
-    v = view(dy, _channels(parameters, channel_dim, sum_g or (bias is not None and not from_output)))
     quantities = int(sum_g) + int(sum_p) * parameters.shape[0]
+    channels = _channels(parameters, channel_dim, sum_g or (bias is not None and not from_output))
+    v = view(dy, channels, SUM_TILE if quantities else STREAM_TILE)
     if dy.numel() == 0:
         return g, dy.new_zeros((quantities, v.c if sum_g or parameters.shape[1] > 1 else 1), dtype=torch.float32)
     splits, each = v.splits(dy.device, quantities > 0)
@@ -217,7 +222,7 @@ def backward(
             dy, s, s, s, g, g, sums, s, s, s, s if bias is None else bias, parameters, 0.0, v.n, v.c, v.s, v.blocks, splits,
             DX=f.dx_y if from_output else f.dx, BY=f.by_parameters, **_p(parameters), NORM=False,
             AFFINE=bias is not None and not from_output, RESIDUAL=False, SLOPE_FROM=slope, WRITE_G=True, WRITE_DX=False,
-            SUM_G=sum_g, SUM_P=sum_p, TILES=each, **v.cut(),
+            SUM_G=sum_g, SUM_P=sum_p, TILES=each, **v.cut(sum_p),
         )  # fmt: skip
     return g, sums.sum(1)
 
@@ -243,8 +248,9 @@ def second(
         u, u_bias, u_parameters: gradients of g, of its sum per channel ``(C,)``, and of the parameters' sums.
     """
     ddy, ds = torch.empty_like(dy), torch.empty_like(saved)
-    v = view(saved, _channels(parameters, channel_dim, sum_s or u_bias is not None or bias is not None))
     quantities = int(sum_s) + int(sum_p) * parameters.shape[0]
+    channels = _channels(parameters, channel_dim, sum_s or u_bias is not None or bias is not None)
+    v = view(saved, channels, SUM_TILE // 2 if quantities else STREAM_TILE)
     if dy.numel() == 0:
         return ddy, ds, dy.new_zeros((quantities, v.c), dtype=torch.float32)
     splits, each = v.splits(dy.device, quantities > 0)
@@ -256,7 +262,7 @@ def second(
             dy if bias is None else bias, parameters, v.n, v.c, v.s, v.blocks, splits,
             SECOND_DY=f.second_dy_y if from_output else f.second_dy, SECOND_DX=f.second_dx_y if from_output else f.second_dx,
             SECOND_P=f.second_parameters, **_p(parameters), BIAS=bias is not None, U=u is not None, U_BIAS=u_bias is not None,
-            SUM_S=sum_s, SUM_P=sum_p, TILES=each, **v.cut(),
+            SUM_S=sum_s, SUM_P=sum_p, TILES=each, **v.cut(quantities > 0),
         )  # fmt: skip
     return ddy, ds, sums.sum(1)
 
@@ -271,30 +277,35 @@ class Running:
     momentum: float | None
 
 
-def statistics(x: Tensor, channel_dim: int, running: Running | None, group: Any = None) -> Tensor:
-    """Count, mean and biased variance per channel, ``(3, C)`` float32, over the processes of ``group`` where there is one."""
-    v = view(x, channel_dim)
+def statistics(x: Tensor, channel_dim: int, running: Running | None, group: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Mean and biased variance per channel, ``(2, C)`` float32.
+
+    With a process group they are taken over its processes together, and the number of elements per channel, of all, is
+    returned too.
+    """
+    v = view(x, channel_dim, SUM_TILE)
     splits, each = v.splits(x.device, True)
     parts = torch.empty((3, splits, v.c), dtype=torch.float32, device=x.device)
     with _on(x):
         kernels.statistics_kernel[(v.blocks * splits,)](x, parts, v.n, v.c, v.s, v.blocks, splits, TILES=each, **v.cut())
     if group is None:
-        return _join(parts, running)
+        return _join(parts, running), None
     import torch.distributed as dist
 
-    own = _join(parts, None)
+    own = torch.cat([_join(parts, None).flatten(), torch.full((1,), x.numel() / v.c, device=x.device)])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
-    parts = torch.stack(gathered, dim=1)
-    parts[2] *= parts[0]
-    return _join(parts, running)
+    everyone = torch.stack(gathered)
+    counts = everyone[:, -1:]
+    mean, variance = everyone[:, :-1].view(-1, 2, v.c).unbind(1)
+    return _join(torch.stack([counts.expand_as(mean), mean, variance * counts]), running), counts.sum(0)
 
 
 def _join(parts: Tensor, running: Running | None) -> Tensor:
     _, splits, c = parts.shape
-    out = torch.empty((3, c), dtype=torch.float32, device=parts.device)
+    out = torch.empty((2, c), dtype=torch.float32, device=parts.device)
     rows = triton.next_power_of_2(splits)
-    columns = min(triton.next_power_of_2(c), max(1, 4096 // rows), 64)
+    columns = min(triton.next_power_of_2(c), max(1, 2048 // rows), 64)
     mean, variance, batches, momentum = (out, out, out, 0.0)
     if running is not None:
         mean, variance = running.mean, running.variance
@@ -314,7 +325,8 @@ def norm_backward(
     x: Tensor,
     residual: Tensor | None,
     y: Tensor | None,
-    stats: Tensor,
+    mean: Tensor,
+    variance: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     parameters: Tensor,
@@ -325,19 +337,21 @@ def norm_backward(
     has_residual: bool,
     sum_g: bool,
     sum_p: bool,
+    count: Tensor | None = None,
     group: Any = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of :func:`forward` with a norm: by x, by the residual, and sums per channel: g, g xhat, each parameter.
 
     Args:
         y: the output, where the slope is to be had from it (``residual`` is not needed then).
-        stats: ``(3, C)``: count, mean, variance that the norm used.
+        mean, variance: that the norm used.
         training: whether these came from x itself.
         sum_g: sums of g and g xhat are wanted; in training they are needed.
+        count: elements per channel in all processes of ``group``.
     """
-    v = view(x, channel_dim)
     sum_g = sum_g or training
     quantities = 2 * int(sum_g) + int(sum_p) * parameters.shape[0]
+    v = view(x, channel_dim, SUM_TILE if quantities else STREAM_TILE)
     splits, each = v.splits(x.device, quantities > 0)
     sums = torch.empty((quantities, splits, v.c), dtype=torch.float32, device=x.device)
     f = functions(scalars)
@@ -345,11 +359,11 @@ def norm_backward(
     g = torch.empty_like(x) if has_residual else None
     with _on(x):
         kernels.backward_kernel[(v.blocks * splits,)](
-            dy, x, x if residual is None else residual, x if y is None else y, dx if g is None else g, dx, sums, stats[1],
-            stats[2], x if weight is None else weight, x if bias is None else bias, parameters, eps, v.n, v.c, v.s,
+            dy, x, x if residual is None else residual, x if y is None else y, dx if g is None else g, dx, sums, mean,
+            variance, x if weight is None else weight, x if bias is None else bias, parameters, eps, v.n, v.c, v.s,
             v.blocks, splits, DX=f.dx if y is None else f.dx_y, BY=f.by_parameters, **_p(parameters), NORM=True,
             AFFINE=weight is not None, RESIDUAL=residual is not None, SLOPE_FROM="input" if y is None else "saved",
-            WRITE_G=g is not None, WRITE_DX=not training, SUM_G=sum_g, SUM_P=sum_p, TILES=each, **v.cut(),
+            WRITE_G=g is not None, WRITE_DX=not training, SUM_G=sum_g, SUM_P=sum_p, TILES=each, **v.cut(sum_p),
         )  # fmt: skip
         totals = sums.sum(1)
         if not training:
@@ -360,9 +374,11 @@ def norm_backward(
 
             everywhere = everywhere.clone()
             dist.all_reduce(everywhere, group=group)
+        v = view(x, channel_dim, SUM_TILE)
         kernels.norm_dx_kernel[(v.blocks * v.tiles,)](
-            dy, x, dx if g is None else g, dx, everywhere, stats[0], stats[1], stats[2], x if weight is None else weight,
-            x if bias is None else bias, parameters, eps, v.n, v.c, v.s, v.blocks, DX=f.dx, **_p(parameters),
-            AFFINE=weight is not None, HAVE_G=g is not None, **v.cut(),
+            dy, x, dx if g is None else g, dx, everywhere, mean if count is None else count, mean, variance,
+            x if weight is None else weight, x if bias is None else bias, parameters, eps, float(v.n * v.s), v.n, v.c, v.s,
+            v.blocks, DX=f.dx, **_p(parameters), AFFINE=weight is not None, HAVE_G=g is not None, COUNTED=count is not None,
+            **v.cut(),
         )  # fmt: skip
     return dx, g, totals

@@ -21,20 +21,15 @@ from toolkit_triton.formula import Scalars
 _KNOWN: dict[str, Scalars] = {}
 
 
-def register(scalars: Scalars) -> None:
-    """Make an activation's functions known to the registered operators, which name it by its key."""
-    known = _KNOWN.setdefault(scalars.key, scalars)
-    if known.source != scalars.source:
-        raise UserError(f"two plugins declare {scalars.key!r} differently; block one of them, or rename its activation")
+def register(scalars: Scalars) -> str:
+    """Make an activation's functions known to the operators; returns the key that these name them by."""
+    _KNOWN.setdefault(scalars.key, scalars)
+    return scalars.key
 
 
 def _empty(x: Tensor) -> Tensor:
-    return x.new_empty(0)
-
-
-def _or_none(t: Tensor) -> Tensor | None:
     """Registered operators return tensors only; an empty one stands for None."""
-    return t if t.numel() else None
+    return x.new_empty(0)
 
 
 # --- activation, with a bias or a residual -------------------------------------------------------------------------
@@ -113,13 +108,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     kept = {"none": None, "output": y, "input": x, "sum": z}[ctx.needs]
     ctx.save_for_backward(kept, bias if ctx.needs == "input" else None, parameters)
     ctx.set_materialize_grads(False)
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(z)
 
 
-def _backward(ctx: Any, dy: Tensor | None, again: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, again: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
+    # The sum z is no result, but what is differentiated a second time, and then it has a gradient.
+    if ctx.needs != "sum":
+        dz = None
     if dy is None:
-        return (None,) * 7
+        return (dz, None, dz, *(None,) * 4)
     saved, bias, parameters = ctx.saved_tensors
     need_x, need_bias, need_residual, need_p = ctx.needs_input_grad[:4]
     need_p = need_p and parameters.shape[0] > 0
@@ -130,6 +126,8 @@ def _backward(ctx: Any, dy: Tensor | None, again: Callable[..., tuple[Tensor, Te
     if need_p:
         d_p = sums[int(need_bias) :]
         d_p = d_p if parameters.shape[1] > 1 else d_p.sum(1, keepdim=True)
+    if dz is not None:
+        g = g + dz
     return (g if need_x else None, d_bias, g if ctx.has_residual and need_residual else None, d_p, None, None, None)
 
 
@@ -142,14 +140,12 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _refuse_second(scalars: Scalars) -> None:
     if scalars.twice:
         raise UserError(
-            f"activation {scalars.key} has no second derivative, so a gradient penalty (R1, WGAN-GP) cannot pass through it: "
+            f"activation {scalars.key.split('@')[0]} has no second derivative, so a gradient penalty (R1, WGAN-GP) cannot pass through it: "
             f"{scalars.twice}"
         )
 
 
-def _second(
-    ctx: Any, u: Tensor | None, u_sums: Tensor | None, compute: Callable[..., tuple[Tensor, Tensor, Tensor]]
-) -> tuple[Any, ...]:
+def _second(ctx: Any, u: Tensor | None, u_sums: Tensor | None, compute: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> tuple[Any, ...]:
     dy, saved, bias, parameters = ctx.saved_tensors
     _refuse_second(_KNOWN[ctx.key])
     u_bias = u_p = None
@@ -163,7 +159,17 @@ def _second(
     need_p = need_p and parameters.shape[0] > 0
     # A constant slope has no tensor to differentiate by; dy stands in for it.
     ddy, ds, sums = compute(
-        dy, dy if saved is None else saved, bias, parameters, u, u_bias, u_p, ctx.key, ctx.channel_dim, need_bias and bias is not None, need_p
+        dy,
+        dy if saved is None else saved,
+        bias,
+        parameters,
+        u,
+        u_bias,
+        u_p,
+        ctx.key,
+        ctx.channel_dim,
+        need_bias and bias is not None,
+        need_p,
     )
     d_bias = d_p = None
     if need_bias and bias is not None:
@@ -184,7 +190,8 @@ class _ActivateBackward(Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        return _second(ctx, *gradients, compute=_activate_second)
+        u, u_sums = gradients
+        return _second(ctx, u, u_sums, _activate_second)
 
 
 class _Activate(Function):
@@ -195,13 +202,11 @@ class _Activate(Function):
     setup_context = staticmethod(_setup)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
-        return _backward(ctx, dy, _ActivateBackward.apply)
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, dy, dz, _ActivateBackward.apply)
 
 
-def activate(
-    scalars: Scalars, x: Tensor, bias: Tensor | None, residual: Tensor | None, parameters: Tensor, channel_dim: int
-) -> Tensor:
+def activate(scalars: Scalars, x: Tensor, bias: Tensor | None, residual: Tensor | None, parameters: Tensor, channel_dim: int) -> Tensor:
     """``f(x + bias)`` or ``f(x + residual)`` by one kernel, differentiable twice.
 
     Args:
@@ -210,6 +215,7 @@ def activate(
         residual: of the shape and dtype of x.
         parameters: the learned parameters, ``(P, 1)`` or ``(P, C)`` float32.
     """
+    register(scalars)
     differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual, parameters))
     return _Activate.apply(x, bias, residual, parameters, scalars.key, channel_dim, differentiate)[0]
 
@@ -230,18 +236,17 @@ def _norm_activate(
     channel_dim: int,
     running: launch.Running | None = None,
     group: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns y and the statistics used, ``(3, C)``: count, mean, variance; ``mean`` and ``variance`` None in training."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y; in training (``mean`` None) the mean and variance ``(2, C)``; with a group the count. Empty otherwise."""
     x = launch.dense(x)
     residual = None if residual is None else launch.as_laid_out(residual, x)
+    stats, count = _empty(x), None
     if mean is None or variance is None:
-        stats = launch.statistics(x, channel_dim, running, group)
-        mean, variance = stats[1], stats[2]
-    else:
-        stats = _empty(x)
+        stats, count = launch.statistics(x, channel_dim, running, group)
+        mean, variance = stats.unbind()
     norm = (mean, variance, weight, eps)
     y, _ = launch.forward(_KNOWN[key], x, bias, residual, parameters, channel_dim, norm=norm)
-    return y, stats
+    return y, stats, _empty(x) if count is None else count
 
 
 def _norm_activate_backward(
@@ -260,16 +265,19 @@ def _norm_activate_backward(
     has_residual: bool,
     sum_g: bool,
     sum_p: bool,
+    count: Tensor | None = None,
     group: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = launch.dense(x)
+    mean, variance = stats.unbind()
     dx, g, sums = launch.norm_backward(
         _KNOWN[key],
         launch.as_laid_out(dy, x),
         x,
         None if residual is None else launch.as_laid_out(residual, x),
         None if y is None else launch.as_laid_out(y, x),
-        stats,
+        mean,
+        variance,
         weight,
         bias,
         parameters,
@@ -279,34 +287,36 @@ def _norm_activate_backward(
         has_residual=has_residual,
         sum_g=sum_g,
         sum_p=sum_p,
+        count=count,
         group=group,
     )
     return dx, _empty(x) if g is None else g, sums
 
 
-def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, residual, weight, bias, mean, variance, parameters, ctx.key, ctx.eps, ctx.channel_dim, *rest = inputs
-    y, stats = output
+    y, stats, count = output
     ctx.group = rest[1] if rest else None
     ctx.training, ctx.has_residual = mean is None, residual is not None
     from_output = residual is not None and _KNOWN[ctx.key].needs == "output"
     # Without a residual what the slope needs is computed from x again, which the norm keeps in any case.
     kept_residual = residual if not from_output and _KNOWN[ctx.key].needs != "none" else None
-    ctx.save_for_backward(x, kept_residual, y if from_output else None, weight, bias, stats, mean, variance, parameters)
+    count_kept = None if ctx.group is None else count
+    ctx.save_for_backward(x, kept_residual, y if from_output else None, weight, bias, stats, mean, variance, parameters, count_kept)
     ctx.set_materialize_grads(False)
     if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(stats)
+        ctx.mark_non_differentiable(stats, count)
 
 
 def _backward_norm(ctx: Any, dy: Tensor | None, again: Callable[..., tuple[Tensor, Tensor, Tensor]], extra: int) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * (10 + extra)
-    x, residual, y, weight, bias, stats, mean, variance, parameters = ctx.saved_tensors
+    x, residual, y, weight, bias, stats, mean, variance, parameters, count = ctx.saved_tensors
     need_x, need_residual, need_weight, need_bias, _, _, need_p = ctx.needs_input_grad[:7]
     need_p = need_p and parameters.shape[0] > 0
     if mean is not None:
-        stats = torch.stack([torch.zeros_like(mean), mean, variance]).float()
-    rest = (ctx.group,) if extra else ()
+        stats = torch.stack([mean, variance])
+    rest = (count, ctx.group) if extra else ()
     affine = need_weight or need_bias
     dx, g, sums = again(
         dy, x, residual, y, weight, bias, stats, parameters, ctx.key, ctx.eps, ctx.channel_dim, ctx.training, ctx.has_residual,
@@ -326,7 +336,7 @@ def _backward_norm(ctx: Any, dy: Tensor | None, again: Callable[..., tuple[Tenso
 def _setup_norm_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     dy, x, residual, y, weight, bias, stats, parameters = inputs[:8]
     ctx.key, ctx.eps, ctx.channel_dim, ctx.training, ctx.has_residual, ctx.sum_g, ctx.sum_p, *rest = inputs[8:]
-    ctx.group = rest[0] if rest else None
+    ctx.group = rest[1] if rest else None
     ctx.extra = len(rest)
     ctx.save_for_backward(dy, x, residual, y, weight, bias, stats, parameters)
     ctx.set_materialize_grads(False)
@@ -346,7 +356,7 @@ def _second_norm(ctx: Any, u: Tensor | None, u_residual: Tensor | None, u_sums: 
     inputs = (dy, x, residual, y, weight, bias, parameters)
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().float().requires_grad_() for t in inputs]
-        outputs = _norm_backward_reference(scalars, *leaves, ctx.saved_tensors[6], ctx)  # type: ignore[arg-type]
+        outputs = _norm_backward_reference(scalars, leaves, ctx.saved_tensors[6], ctx)
         wanted = [(o, g) for o, g in zip(outputs, (u, u_residual, u_sums), strict=True) if g is not None and o.requires_grad]
         found = iter(
             torch.autograd.grad(
@@ -361,19 +371,9 @@ def _second_norm(ctx: Any, u: Tensor | None, u_residual: Tensor | None, u_sums: 
     return (*d[:6], None, d[6], *(None,) * (7 + ctx.extra))
 
 
-def _norm_backward_reference(
-    scalars: Scalars,
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    parameters: Tensor,
-    stats: Tensor,
-    ctx: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_backward_reference(scalars: Scalars, leaves: list[Any], stats: Tensor, ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`_norm_activate_backward` computes, in differentiable PyTorch: dx, g, and the sums ``(Q, C)``."""
+    dy, x, residual, y, weight, bias, parameters = leaves
     channel = ctx.channel_dim % x.dim()
     dims = [d for d in range(x.dim()) if d != channel]
     shape = [1] * x.dim()
@@ -383,7 +383,7 @@ def _norm_backward_reference(
         mean = x.mean(dims, keepdim=True)
         variance = ((x - mean) ** 2).mean(dims, keepdim=True)
     else:
-        mean, variance = stats[1].view(shape), stats[2].view(shape)
+        mean, variance = stats[0].view(shape), stats[1].view(shape)
     inverse = torch.rsqrt(variance + ctx.eps)
     normal = (x - mean) * inverse
     w = 1.0 if weight is None else weight.view(shape)
@@ -422,13 +422,13 @@ class _NormActivateBackward(Function):
 
 class _NormActivate(Function):
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _norm_activate(*arguments)
 
     setup_context = staticmethod(_setup_norm)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return _backward_norm(ctx, dy, _NormActivateBackward.apply, extra=2)
 
 
@@ -456,6 +456,7 @@ def norm_activate(
         running: running statistics to move, in training.
         group: the process group over which statistics are taken together.
     """
+    register(scalars)
     mean, variance = statistics or (None, None)
     return _NormActivate.apply(x, residual, weight, bias, mean, variance, parameters, scalars.key, eps, 1, running, group)[0]
 
@@ -509,9 +510,9 @@ def _fake_norm_activate(
     key: str,
     eps: float,
     channel_dim: int,
-) -> tuple[Tensor, Tensor]:
-    shape = (3, x.shape[channel_dim]) if mean is None else (0,)
-    return torch.empty_like(x), x.new_empty(shape, dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = x.new_empty((2, x.shape[channel_dim]), dtype=torch.float32) if mean is None else _empty(x)
+    return torch.empty_like(x), stats, _empty(x)
 
 
 def _fake_norm_activate_backward(
@@ -549,9 +550,7 @@ activate_second_op = _registered("activate_second", _activate_second, _fake_acti
 norm_activate_op = _registered("norm_activate", _norm_activate, _fake_norm_activate)
 norm_activate_backward_op = _registered("norm_activate_backward", _norm_activate_backward, _fake_norm_activate_backward)
 
-activate_op.register_autograd(lambda ctx, dy, _: _backward(ctx, dy, activate_backward_op), setup_context=_setup)
-activate_backward_op.register_autograd(
-    lambda ctx, u, u_sums: _second(ctx, u, u_sums, activate_second_op), setup_context=_setup_backward
-)
-norm_activate_op.register_autograd(lambda ctx, dy, _: _backward_norm(ctx, dy, norm_activate_backward_op, 0), setup_context=_setup_norm)
+activate_op.register_autograd(lambda ctx, dy, dz: _backward(ctx, dy, dz, activate_backward_op), setup_context=_setup)
+activate_backward_op.register_autograd(lambda ctx, u, u_sums: _second(ctx, u, u_sums, activate_second_op), setup_context=_setup_backward)
+norm_activate_op.register_autograd(lambda ctx, dy, _, __: _backward_norm(ctx, dy, norm_activate_backward_op, 0), setup_context=_setup_norm)
 norm_activate_backward_op.register_autograd(_second_norm, setup_context=_setup_norm_backward)

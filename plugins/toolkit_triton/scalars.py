@@ -51,13 +51,70 @@ def tanh(x):
 
 
 @triton.jit
+def quarter_turns(x):
+    """x as a whole number of quarter turns and a rest in [-pi/4, pi/4], reduced in float64 (right up to 1e15).
+
+    The sine of CUDA's own library reduces large arguments through a table in local memory, which every kernel that calls
+    it would then have to reserve.
+    """
+    wide = x.to(tl.float64)
+    turns = tl.floor(wide * 0.6366197723675814 + 0.5)
+    rest = (wide - turns * 1.5707963267948966) - turns * 6.123233995736766e-17
+    quarter = turns - 4.0 * tl.floor(turns * 0.25)
+    rest = tl.where(tl.abs(rest) > 0.8, 0.0, rest)
+    return quarter.to(tl.int32), rest.to(tl.float32)
+
+
+@triton.jit
+def sine_of_quarter(quarter, r):
+    """sin(quarter * pi/2 + r) by the Taylor series of sine and cosine (remainder below 3e-8)."""
+    q = r * r
+    s = r + r * q * (-1 / 6 + q * (1 / 120 + q * (-1 / 5040 + q * (1 / 362880))))
+    c = 1.0 + q * (-0.5 + q * (1 / 24 + q * (-1 / 720 + q * (1 / 40320))))
+    magnitude = tl.where((quarter & 1) == 1, c, s)
+    return tl.where((quarter & 2) == 2, -magnitude, magnitude)
+
+
+@triton.jit
 def sin(x):
-    return tl.sin(x)
+    quarter, rest = quarter_turns(x)
+    return sine_of_quarter(quarter, rest)
 
 
 @triton.jit
 def cos(x):
-    return tl.cos(x)
+    quarter, rest = quarter_turns(x)
+    return sine_of_quarter(quarter + 1, rest)
+
+
+@triton.jit
+def atan(x):
+    """Reduced to [0, tan(pi/8)] by atan(x) = pi/2 - atan(1/x) and atan(x) = pi/4 + atan((x - 1)/(x + 1)), then its series."""
+    a = tl.abs(x)
+    t = tl.where(a > 1.0, 1.0 / a, a)
+    wide = t > 0.41421356
+    t = tl.where(wide, (t - 1.0) / (t + 1.0), t)
+    q = t * t
+    series = 1 / 13 + q * (-1 / 15)
+    series = -1 / 11 + q * series
+    series = 1 / 9 + q * series
+    series = -1 / 7 + q * series
+    series = 1 / 5 + q * series
+    series = -1 / 3 + q * series
+    angle = t + t * q * series
+    angle = tl.where(wide, 0.7853981633974483 + angle, angle)
+    angle = tl.where(a > 1.0, 1.5707963267948966 - angle, angle)
+    return tl.where(x < 0.0, -angle, angle)
+
+
+@triton.jit
+def asinh(x):
+    """log(|x| + sqrt(x^2 + 1)) with the sign of x, by log1p near zero and without squaring what is large."""
+    a = tl.abs(x)
+    near = tl.where(a < 1e9, a, 0.0)
+    small = log1p(near + near * near / (1.0 + tl.sqrt(near * near + 1.0)))
+    magnitude = tl.where(a < 1e9, small, tl.log(a) + 0.6931471805599453)
+    return tl.where(x < 0.0, -magnitude, magnitude)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from toolkit.activations.fuse import fuse, unfuse
 from toolkit.activations.module import ActivationModule
 from toolkit.activations.registry import Registry, registry
 from toolkit.activations.spec import ActivationSpec
@@ -226,7 +227,8 @@ def _describe(module: nn.Module) -> dict[str, Any]:
         learned = [f"{n} learned{' per channel' if module.spec.per_channel else ''}" for n in module.learned]
         fixed = [f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n, v in module.values.items() if n not in module.learned]
         text = str(module.spec).removeprefix(f"{module.spec.provider}/")
-        return {"activation": text, "provider": module.provider, "parameters": ", ".join(learned + fixed)}
+        parameters = ", ".join(learned + fixed)
+        return {"activation": text, "provider": module.provider, "parameters": parameters, "fused": module.fused_with}
     if isinstance(module, Site):
         return {"activation": module.default, "provider": "(default)"}
     return {"activation": type(module).__name__}
@@ -273,6 +275,7 @@ def apply_rules(
         UserError: a pattern matches no site, an activation or a parameter is unknown, or a provider is.
     """
     activations = activations or registry()
+    unfuse(network)
     modules = site_modules(network)
     defaults = {name: module.default for name, module in modules.items() if isinstance(module, Site)}
     chosen = match_rules(list(modules), rules, defaults)
@@ -289,13 +292,20 @@ def apply_rules(
         channel_dim = info.channel_dim if info else 1
         channels = info.shape[channel_dim] if info and info.shape and len(info.shape) > 1 else None
         try:
-            module = ActivationModule(activation, chosen[name], provider=provider, channels=channels, channel_dim=channel_dim)
+            kind = activation.implementation or ActivationModule
+            module = kind(activation, chosen[name], provider=provider, channels=channels, channel_dim=channel_dim)
         except UserError as error:
             raise UserError(f"site {name}: {error}") from error
         module.train(modules[name].training)
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, module)
         result[name] = f"{provider}/{str(module.spec).removeprefix(f'{module.spec.provider}/')}"
+    sites = site_modules(network)
+    if example is not None and any(isinstance(m, ActivationModule) and m.fusible for m in sites.values()):
+        with _quiet_state(network), _bypass_empty_sites(sites):
+            fused = fuse(network, lambda: network(*example) if isinstance(example, list | tuple) else network(example), sites)
+        for name, text in fused.items():
+            log.debug("site %s: fused with %s", name, text)
     if callable(done := getattr(network, "on_activations_set", None)):
         done()
     for name, text in result.items():

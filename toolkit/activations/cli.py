@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from toolkit.activations.spec import ActivationSpec
 from toolkit.cli import Parser
 from toolkit.errors import UserError, closest
 
+if TYPE_CHECKING:
+    from toolkit.activations.declare import Activation
+
 
 def main_plugins(argv: list[str]) -> int:
-    """``toolkit plugins list``: every plugin, where it comes from, what it provides, and its state."""
-    from toolkit.console import console, print_rows
-
+    """``toolkit plugins list`` and ``toolkit plugins show``."""
     parser = Parser(
         "toolkit plugins",
         description="Plugins provide activations, measures, dataset layouts, face detectors, engines and commands.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="what is installed, where it comes from, what it provides, and its state")
-    parser.parse_args(argv)
+    show = commands.add_parser(
+        "show",
+        help="one activation: its formula, parameters, properties and providers",
+        description="One activation: its formula, parameters, properties and providers; with --triton the Triton functions that "
+        "are generated from its formula, as they are compiled.",
+    )
+    show.add_argument("name", help="as in a config: swish, triton/swish, 'swish(beta=1.5, learn=beta)'")
+    show.add_argument("--triton", action="store_true", help="print the generated Triton source instead")
+    args = parser.parse_args(argv)
+    return _show(args.name, args.triton) if args.command == "show" else _list()
 
+
+def _parameters(activation: Activation) -> str:
+    return ", ".join(f"{k}={p.default:g}" if isinstance(p.default, float) else f"{k}={p.default}" for k, p in activation.parameters.items())
+
+
+def _list() -> int:
+    """Every plugin, where it comes from, what it provides, and its state; then every activation."""
     from toolkit.activations.registry import registry
+    from toolkit.console import console, print_rows
     from toolkit.metrics import all_measures
     from toolkit.plugins import plugins
 
@@ -40,18 +60,66 @@ def main_plugins(argv: list[str]) -> int:
         if info.reason:
             console.print(f"{info.name} is {info.state}: {info.reason}", markup=False)
     declarations = []
+    without: dict[str, str] = {}
     for provider, names in found.providers.items():
         for name, activation in names.items():
             if name != activation.name:
                 continue
-            parameters = ", ".join(
-                f"{k}={p.default:g}" if isinstance(p.default, float) else f"{k}={p.default}" for k, p in activation.parameters.items()
-            )
             also = ", ".join(activation.aliases)
-            declarations.append((f"{provider}/{name}" + (f" (also {also})" if also else ""), parameters or "-", activation.reference))
-    print_rows("activations", ("activation", "parameters", "reference"), declarations)
+            versions = []
+            for backend in found.backends:
+                version = found.lookup(backend, name)
+                if isinstance(version, str):
+                    without[f"{backend} has no version of {provider}/{name}"] = version
+                else:
+                    versions.append(backend)
+            title = f"{provider}/{name}" + (f" (also {also})" if also else "")
+            declarations.append((title, _parameters(activation) or "-", ", ".join(versions) or "-", activation.reference))
+    print_rows("activations", ("activation", "parameters", "also as", "reference"), declarations)
+    for what, why in without.items():
+        console.print(f"{what}: {why}", markup=False)
     console.print("In a config: name, name(key=value, learn=key, per_channel=true) or provider/name(...).")
     return 0
+
+
+def _show(text: str, triton: bool) -> int:
+    from toolkit.activations.registry import registry
+    from toolkit.console import print_rows
+
+    found = registry()
+    spec = ActivationSpec.parse(text)
+    if triton:
+        spec = replace(spec, provider="triton")
+    provider, activation = found.find(spec)
+    values, learned = activation.configure(spec)
+    if triton:
+        assert activation.implementation is not None
+        print(activation.implementation.source(activation, spec), end="")
+        return 0
+    rows = [("name", activation.name), ("provider", provider)]
+    versions = {p: found.lookup(p, activation.name) for p in found.providers}
+    rows.append(("provided by", ", ".join(p for p, a in versions.items() if a is not None and not isinstance(a, str))))
+    rows += [(f"not by {p}", why) for p, why in versions.items() if isinstance(why, str)]
+    rows.append(("also called", ", ".join(activation.aliases) or "-"))
+    rows.append(("parameters", ", ".join(f"{k}={v}" + (" (learned)" if k in learned else "") for k, v in values.items()) or "-"))
+    rows.append(("reference", activation.reference or "-"))
+    if activation.formula is not None:
+        measured = activation.properties(values)
+        low, high = measured.output_range
+        rows.append(("output range", f"{low:.4g} to {high:.4g}"))
+        rows.append(("gain for initialisation", f"{measured.gain:.4g}"))
+        rows.append(("continuous derivatives", {-1: "none, it jumps", 3: "3 or more"}.get(measured.smoothness, str(measured.smoothness))))
+        rows.append(("never decreases", "yes" if measured.monotonic else "no"))
+        rows.append(("formula", _source(activation.formula)))
+    print_rows(str(activation.name), ("what", "value"), rows)
+    return 0
+
+
+def _source(function: Any) -> str:
+    try:
+        return inspect.cleandoc(inspect.getsource(function)).rstrip(",")
+    except (OSError, TypeError):  # of a function that is not written in Python
+        return f"torch.{getattr(function, '__name__', function)}"
 
 
 def main_layers(argv: list[str]) -> int:

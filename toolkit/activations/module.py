@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.activations.declare import Activation
+from toolkit.activations.deferred import Deferred
 from toolkit.activations.spec import ActivationSpec, Value
 from toolkit.errors import UserError
 
@@ -44,6 +45,7 @@ class ActivationModule(nn.Module):
         spec = spec or ActivationSpec(activation.name)
         self.activation = activation
         self.provider = provider
+        self.fused_with = "-"
         self.channel_dim = channel_dim
         self.values, self.learned = activation.configure(spec)
         self.spec = ActivationSpec(activation.name, spec.provider, spec.parameters, spec.learn, spec.per_channel)
@@ -62,6 +64,9 @@ class ActivationModule(nn.Module):
             self.inner = activation.module(**keywords)
         elif activation.native is not None and not (spec.per_channel and channel_dim != 1):
             self._native = activation.native(self.values, self.learned)
+
+    fusible = False
+    """Whether the class has fused operations of its own, so that neighbours are looked for."""
 
     def parameter(self, name: str, ndim: int) -> Value | Tensor:
         """Parameter ``name`` as the formula takes it: a float or word, or a tensor that broadcasts over ``ndim`` dims."""
@@ -82,8 +87,36 @@ class ActivationModule(nn.Module):
         # Straight through: used at the bound, while the gradient can still pull it back inside.
         return value + (value.clamp(low, high) - value).detach()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @classmethod
+    def source(cls, activation: Activation, spec: ActivationSpec) -> str:
+        """The code that a backend generates for ``activation`` as chosen, for people to read; empty where there is none."""
+        return ""
+
+    def can_fuse(self, x: Any) -> bool:
+        """Whether the fused operations below would be faster than the plain sequence on ``x``."""
+        return False
+
+    def bias_act(self, x: Tensor, bias: Tensor) -> Tensor:
+        """``f(x + bias)`` for x ``(N, C, ...)`` and a bias ``(C,)``."""
+        return self(x + bias.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2)))
+
+    def norm_act(self, x: Tensor, norm: nn.Module, residual: Tensor | None = None) -> Tensor:
+        """``f(norm(x) + residual)``; ``norm`` is a batch norm, whose running statistics move as in its own forward."""
+        y = type(norm).forward(norm, x)
+        if getattr(norm, "act", None) is self:  # timm's norms apply their activation themselves
+            return y
+        return self(y if residual is None else y + residual)
+
+    def add_act(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``f(x + residual)``."""
+        return self(x + residual)
+
+    def forward(self, x: Tensor | Deferred) -> Tensor:
         """Apply the function to ``x`` of any shape; returns a tensor of the same shape and dtype."""
+        return x.activated(self) if isinstance(x, Deferred) else self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The function alone, of an ordinary tensor."""
         if self.inner is not None:
             return self.inner(x)
         if self._native is not None:

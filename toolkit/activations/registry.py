@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from toolkit.activations.declare import Activation
@@ -16,10 +16,18 @@ DEFAULT_PROVIDER = "toolkit_builtin"
 
 @dataclass
 class Registry:
-    """All activations of the loaded plugins: provider -> name -> declaration. Aliases are entries of their own."""
+    """All activations of the loaded plugins.
+
+    Attributes:
+        providers: provider -> name -> declaration; aliases are entries of their own.
+        unavailable: plugin that is blocked or broken -> why.
+        backends: provider -> function that makes its version of another provider's declaration, when it is asked for.
+    """
 
     providers: dict[str, dict[str, Activation]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
+    backends: dict[str, Callable[[Activation], Activation]] = field(default_factory=dict)
+    _versions: dict[tuple[str, str], Activation | str] = field(default_factory=dict)
 
     @classmethod
     def from_plugins(cls, loaded: Plugins) -> Registry:
@@ -38,12 +46,40 @@ class Registry:
             if loaded.infos[plugin].state == "loaded":
                 result.providers[plugin] = names
                 loaded.infos[plugin].provides["toolkit_activations"] = [a.name for a in activations]
+        for plugin, make in loaded.results("toolkit_activation_backends"):
+            if not callable(make):
+                loaded.mark_broken(plugin, "toolkit_activation_backends() must return a function")
+                continue
+            result.backends[plugin] = make
+            result.providers.setdefault(plugin, {})
+            loaded.infos[plugin].provides["toolkit_activation_backends"] = ["every activation with a formula"]
         result.unavailable = {i.name: f"{i.state}: {i.reason}" for i in loaded.infos.values() if i.state != "loaded"}
         return result
 
     def names(self) -> list[str]:
         """Every name that can be looked up, aliases included."""
         return sorted({name for names in self.providers.values() for name in names})
+
+    def lookup(self, provider: str, name: str) -> Activation | str | None:
+        """What ``provider`` has under ``name``: a declaration, why a backend has no version of it, or None."""
+        found = self.providers.get(provider, {}).get(name)
+        if found is not None or provider not in self.backends:
+            return found
+        for other in self._order():
+            original = self.providers[other].get(name)
+            if original is None:
+                continue
+            key = (provider, original.name)
+            if key not in self._versions:
+                try:
+                    self._versions[key] = self.backends[provider](original)
+                except UserError as error:
+                    self._versions[key] = str(error)
+            return self._versions[key]
+        return None
+
+    def _order(self) -> list[str]:
+        return [p for p in (DEFAULT_PROVIDER, *sorted(self.providers)) if p in self.providers]
 
     def find(self, spec: ActivationSpec | str, prefer: Sequence[str] = ()) -> tuple[str, Activation]:
         """The provider and declaration that ``spec`` means.
@@ -60,12 +96,13 @@ class Registry:
             if provider not in self.providers:
                 known = ", ".join(self.providers)
                 raise UserError(f"no plugin {provider!r} provides activations; there are: {known}{missing}")
-        order = [spec.provider] if spec.provider else [*prefer, DEFAULT_PROVIDER, *sorted(self.providers)]
-        for provider in order:
-            activation = self.providers.get(provider, {}).get(spec.name)
-            if activation is not None:
+        for provider in [spec.provider] if spec.provider else [*prefer, *self._order()]:
+            activation = self.lookup(provider, spec.name)
+            if isinstance(activation, Activation):
                 return provider, activation
-        names = sorted(self.providers[spec.provider]) if spec.provider else self.names()
+            if activation is not None and spec.provider:
+                raise UserError(f"{provider} has no version of {spec.name}: {activation}")
+        names = sorted(self.providers[spec.provider]) if spec.provider and spec.provider not in self.backends else self.names()
         raise UserError(f"unknown activation {spec.name!r}; known: {', '.join(names)}.{closest(spec.name, names)}{missing}")
 
 
