@@ -145,7 +145,7 @@ def test_a_blocked_plugin_is_named_where_it_is_missed() -> None:
 def test_bench_alternates_and_reports_ratios() -> None:
     import time
 
-    from toolkit.bench import Variant, alternate, repeat
+    from toolkit.bench.timing import Variant, alternate, repeat
 
     order: list[str] = []
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "study": ("toolkit.study.cli", "run, status, report: a grid of activations x seeds, and its report"),
     "plugins": ("toolkit.activations.cli", "list: what is installed and where it comes from; show: one activation"),
     "layers": ("toolkit.activations.cli", "the sites of a network and the activation at each"),
-    "bench": ("toolkit.bench", "step: training speed against plain PyTorch; detect: speed of detection"),
+    "bench": ("toolkit.bench.cli", "activations, fused, step, detect: speed and memory against eager PyTorch and torch.compile"),
 }
 
 

@@ -109,7 +109,7 @@ def _mish(x: Tensor) -> Tensor:
 
 
 def _hardswish(x: Tensor) -> Tensor:
-    return x * torch.clamp(x + 3.0, 0.0, 6.0) / 6.0
+    return x * (torch.clamp(x + 3.0, 0.0, 6.0) / 6.0)
 
 
 class Softmax(nn.Module):

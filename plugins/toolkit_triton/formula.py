@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-
 import math
 import operator
 import textwrap
@@ -91,6 +90,25 @@ def _differentiate(y: Tensor, by: Tensor) -> Tensor:
     return torch.zeros_like(by) if gradient is None else gradient
 
 
+def _try_twice(function: Callable[..., Tensor], count: int) -> None:
+    """Differentiate twice with ``backward``, which runs into a ``once_differentiable`` that ``grad`` walks past.
+
+    Raises:
+        NoTriton: there is no second derivative.
+    """
+    arguments = [torch.linspace(0.2, 0.8, 3, requires_grad=True) for _ in range(count + 1)]
+    y = function(*arguments)
+    if not y.requires_grad:
+        return
+    (g,) = torch.autograd.grad(y.sum(), arguments[0], create_graph=True, allow_unused=True)
+    if g is None or not g.requires_grad:
+        return
+    try:
+        g.sum().backward()
+    except RuntimeError as error:
+        raise NoTriton(str(error).splitlines()[0]) from error
+
+
 def _trace(function: Callable[..., Tensor], count: int) -> GraphModule:
     def traced(*arguments: Tensor) -> Tensor:
         return function(*(a.detach().requires_grad_() for a in arguments)).detach()
@@ -114,8 +132,23 @@ def _is_one(argument: Any) -> bool:
     return argument == 1 or (isinstance(argument, Node) and argument.target is aten.ones_like.default)
 
 
+def _squared_tanh(node: Any) -> Node | None:
+    """The argument t where ``node`` is tanh(t) squared."""
+    if not isinstance(node, Node) or node.target not in (aten.mul.Tensor, aten.pow.Tensor_Scalar):
+        return None
+    base, other = node.args
+    if other != (base if node.target is aten.mul.Tensor else 2) or not isinstance(base, Node) or base.target is not aten.tanh.default:
+        return None
+    t = base.args[0]
+    return t if isinstance(t, Node) else None
+
+
 def _avoid_cancellation(graph: GraphModule) -> None:
-    """Write 1 - sigmoid(t) as sigmoid(-t) and expm1(t) + 1 as exp(t): equal, and exact where the difference is tiny."""
+    """Replace differences that lose their digits where they are tiny by equal forms that do not.
+
+    1 - sigmoid(t) becomes sigmoid(-t), expm1(t) + 1 becomes exp(t), and 1 - tanh(t)^2 becomes 4 sigmoid(2t) sigmoid(-2t).
+    """
+    sigmoid = aten.sigmoid.default
     for node in graph.graph.nodes:
         if node.target in (aten.detach.default, aten.alias.default, aten.clone.default):
             node.replace_all_uses_with(node.args[0])
@@ -128,6 +161,12 @@ def _avoid_cancellation(graph: GraphModule) -> None:
             if node.target is aten.sub.Tensor and _is_one(a) and isinstance(b, Node) and b.target is aten.sigmoid.default:
                 minus = graph.graph.call_function(aten.neg.default, (b.args[0],))
                 better = graph.graph.call_function(aten.sigmoid.default, (minus,))
+            elif node.target is aten.sub.Tensor and _is_one(a) and (t := _squared_tanh(b)) is not None:
+                twice = graph.graph.call_function(aten.mul.Tensor, (t, 2.0))
+                minus = graph.graph.call_function(aten.neg.default, (twice,))
+                factors = [graph.graph.call_function(sigmoid, (argument,)) for argument in (twice, minus)]
+                product = graph.graph.call_function(aten.mul.Tensor, tuple(factors))
+                better = graph.graph.call_function(aten.mul.Tensor, (product, 4.0))
             elif node.target in (aten.add.Tensor, aten.add.Scalar) and (_is_one(a) or _is_one(b)):
                 inner = b if _is_one(a) else a
                 if isinstance(inner, Node) and inner.target is aten.expm1.default:
@@ -457,6 +496,7 @@ def write(activation: Activation, values: Mapping[str, Value], learned: tuple[st
         derive(f"d_{name}", by(i + 1), f"Its derivative by {name}.")
     twice = ""
     try:
+        _try_twice(chosen, count)
         derive("dxx", by(0, 0), "Its second derivative.")
         for i, name in enumerate(learned):
             derive(f"dx_{name}", by(0, i + 1), f"The derivative of dx by {name}.")

@@ -209,9 +209,9 @@ def backward(
     g = torch.empty_like(dy)
     quantities = int(sum_g) + int(sum_p) * parameters.shape[0]
     channels = _channels(parameters, channel_dim, sum_g or (bias is not None and not from_output))
-    v = view(dy, channels, SUM_TILE if quantities else STREAM_TILE)
     if dy.numel() == 0:
-        return g, dy.new_zeros((quantities, v.c if sum_g or parameters.shape[1] > 1 else 1), dtype=torch.float32)
+        return g, dy.new_zeros((quantities, 1 if channels is None else dy.shape[channels]), dtype=torch.float32)
+    v = view(dy, channels, SUM_TILE if quantities else STREAM_TILE)
     splits, each = v.splits(dy.device, quantities > 0)
     sums = torch.empty((quantities, splits, v.c), dtype=torch.float32, device=dy.device)
     f = functions(scalars)
@@ -250,9 +250,9 @@ def second(
     ddy, ds = torch.empty_like(dy), torch.empty_like(saved)
     quantities = int(sum_s) + int(sum_p) * parameters.shape[0]
     channels = _channels(parameters, channel_dim, sum_s or u_bias is not None or bias is not None)
-    v = view(saved, channels, SUM_TILE // 2 if quantities else STREAM_TILE)
     if dy.numel() == 0:
-        return ddy, ds, dy.new_zeros((quantities, v.c), dtype=torch.float32)
+        return ddy, ds, dy.new_zeros((quantities, 1 if channels is None else dy.shape[channels]), dtype=torch.float32)
+    v = view(saved, channels, SUM_TILE // 2 if quantities else STREAM_TILE)
     splits, each = v.splits(dy.device, quantities > 0)
     sums = torch.empty((quantities, splits, v.c), dtype=torch.float32, device=dy.device)
     f = functions(scalars)

@@ -137,6 +137,28 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.set_materialize_grads(False)
 
 
+class _NoThird(Function):
+    """Hands its first tensors on, and refuses to be differentiated.
+
+    (``once_differentiable`` says nothing when only its saved tensors need a gradient: a third derivative would be missing.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
+        raise UserError("a Triton activation has two derivatives, not three; take the formula's own: toolkit_builtin/NAME")
+
+
+def _no_third(results: tuple[Any, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
+        return results
+    refused: tuple[Any, ...] = _NoThird.apply(len(results), *results, *inputs)
+    return refused
+
+
 def _refuse_second(scalars: Scalars) -> None:
     if scalars.twice:
         raise UserError(
@@ -177,7 +199,8 @@ def _second(ctx: Any, u: Tensor | None, u_sums: Tensor | None, compute: Callable
     if need_p:
         d_p = sums[int(d_bias is not None) :]
         d_p = d_p if parameters.shape[1] > 1 else d_p.sum(1, keepdim=True)
-    return (ddy if need_dy else None, ds if need_saved and saved is not None else None, d_bias, d_p, None, None, None, None)
+    results = (ddy if need_dy else None, ds if need_saved and saved is not None else None, d_bias, d_p)
+    return (*_no_third(results, (dy, saved, bias, parameters, u, u_sums)), None, None, None, None)
 
 
 class _ActivateBackward(Function):
@@ -188,7 +211,6 @@ class _ActivateBackward(Function):
     setup_context = staticmethod(_setup_backward)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         u, u_sums = gradients
         return _second(ctx, u, u_sums, _activate_second)
@@ -368,6 +390,7 @@ def _second_norm(ctx: Any, u: Tensor | None, u_residual: Tensor | None, u_sums: 
         )
     d = [None if t is None else next(found) for t in leaves]
     d = [None if g is None else g.to(t.dtype) for g, t in zip(d, inputs, strict=True)]
+    d = list(_no_third(tuple(d), (*inputs, u, u_residual, u_sums)))
     return (*d[:6], None, d[6], *(None,) * (7 + ctx.extra))
 
 
@@ -415,7 +438,6 @@ class _NormActivateBackward(Function):
     setup_context = staticmethod(_setup_norm_backward)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         return _second_norm(ctx, *gradients)
 

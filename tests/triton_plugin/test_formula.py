@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_the_generic_kernels_name_no_activation() -> None:
 
     folder = toolkit_triton.__path__[0]
     for file in ("kernels.py", "launch.py", "ops.py"):
-        names = {n.id for n in ast.walk(ast.parse(open(f"{folder}/{file}").read())) if isinstance(n, ast.Name)}
+        names = {n.id for n in ast.walk(ast.parse(Path(folder, file).read_text())) if isinstance(n, ast.Name)}
         assert not names & {a.name for a in BUILT_IN}
 
 

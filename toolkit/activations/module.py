@@ -74,7 +74,7 @@ class ActivationModule(nn.Module):
             return self.values[name]
         value = self._bounded(name)
         if value.numel() == 1 or ndim < 2:
-            return value
+            return value.view(()) if ndim == 0 and value.numel() == 1 else value
         shape = [1] * ndim
         shape[self.channel_dim] = value.numel()
         return value.view(shape)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from toolkit.bench.timing import Variant, peak_memory, repeat
 
 WAYS = ("eager", "compiled", "triton", "triton in a CUDA graph")
-SHARE = 0.2  # of the negative slope, as in the DCGAN example
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,11 @@ class Step:
     peak: int
 
     def variant(self) -> Variant:
-        return Variant(self.name, repeat(lambda: (self.step(), torch.cuda.synchronize())[0]))
+        def step() -> None:
+            self.step()
+            torch.cuda.synchronize()
+
+        return Variant(self.name, repeat(step))
 
 
 def _precision(name: str) -> contextlib.AbstractContextManager[Any]:
@@ -52,10 +55,13 @@ def dcgan_steps(image_size: int, width: int, batch: int, precision: str, activat
     """A DCGAN step (Goodfellow's non-saturating loss, fused Adam, channels last), each way of computing it in turn."""
     from toolkit.gan.module import GAN
 
-    rules = {"generator": {"*": activation, "output": "tanh"}, "discriminator": {"*": f"leaky_relu(negative_slope={SHARE})"}}
+    rules: dict[str, dict[str, str | dict[str, Any]]] = {
+        "generator": {"*": activation, "output": "tanh"},
+        "discriminator": {"*": "leaky_relu(negative_slope=0.2)", "output": "identity"},
+    }
     for way in WAYS:
         prefer = ["triton"] if way.startswith("triton") else []
-        gan = GAN(image_size, 100, width, width, activations={k: {**v} for k, v in rules.items()} | _output(rules), prefer=prefer, ema_decay=0.0)
+        gan = GAN(image_size, 100, width, width, activations=rules, prefer=prefer, ema_decay=0.0)
         g, d = gan.generator.cuda().train(), gan.discriminator.cuda().train()
         run_g, run_d = (torch.compile(g), torch.compile(d)) if way == "compiled" else (g, d)
         optimizers = [torch.optim.Adam(n.parameters(), 2e-4, (0.5, 0.999), fused=True, capturable=True) for n in (g, d)]
@@ -81,10 +87,6 @@ def dcgan_steps(image_size: int, width: int, batch: int, precision: str, activat
             optimizers[0].step()
 
         yield _step(way, step, batch)
-
-
-def _output(rules: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    return {"discriminator": {**rules["discriminator"], "output": "identity"}}
 
 
 def resnet_steps(batch: int, precision: str, activation: str, image_size: int = 224) -> Iterator[Step]:
