@@ -145,7 +145,7 @@ def compile_variant(variant: Variant, target: str, dtype: str = "bf16") -> Compi
                 attributes[(place,)] = [["tt.divisibility", 16]]
     warps = launch.SUM_WARPS if variant.constants.get("SUM_P") or variant.constants.get("SUM_S") else launch.WARPS
     source = triton.compiler.ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    built = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    built = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, **launch.OPTIONS})
     if target.startswith("sm_"):
         registers, spilled = _cuda_resources(built.asm["cubin"])
         return Compiled(variant.name, registers, spilled, built.asm["ptx"])

@@ -28,6 +28,8 @@ WARPS = 4
 SUM_WARPS = 8
 """With sums that take more registers, over learned parameters and in the second derivative."""
 MAX_SPLITS = 1024
+OPTIONS = {"enable_fp_fusion": True}
+"""Multiply and add in one rounding, whatever the version of Triton takes for granted."""
 
 
 @functools.cache
@@ -87,7 +89,7 @@ class View:
 
     def cut(self, many_sums: bool = False) -> dict[str, Any]:
         """Keyword arguments of every kernel."""
-        return {"LAST": self.last, "R": self.rows, "K": self.columns, "num_warps": SUM_WARPS if many_sums else WARPS}
+        return {"LAST": self.last, "R": self.rows, "K": self.columns, "num_warps": SUM_WARPS if many_sums else WARPS, **OPTIONS}
 
     def splits(self, device: torch.device, summing: bool) -> tuple[int, int]:
         """Splits of a block, and tiles in each: one tile a split, or enough programs to fill the device when summing."""
@@ -314,7 +316,7 @@ def _join(parts: Tensor, running: Running | None) -> Tensor:
     with _on(parts):
         kernels.join_kernel[(-(-c // columns),)](
             parts, out, mean, variance, batches, momentum, splits, c, RUNNING=running is not None,
-            CUMULATIVE=running is not None and running.momentum is None, ROWS=rows, K=columns, num_warps=WARPS,
+            CUMULATIVE=running is not None and running.momentum is None, ROWS=rows, K=columns, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
     return out
 

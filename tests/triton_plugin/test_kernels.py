@@ -9,6 +9,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -591,6 +592,56 @@ def test_rules_can_be_applied_again() -> None:
         network.cpu()
     apply_rules(network, {"2": "relu"}, example=example)
     assert "forward" not in vars(network[1])
+
+
+def one_of_two_processes(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    data = torch.load(f"{folder}/data.pt")
+    norm = nn.SyncBatchNorm(5, momentum=data["momentum"])
+    norm.load_state_dict(data["norm"])
+    act = make("swish(learn=beta)").cpu()
+    # Batches of different sizes, as at the end of an epoch.
+    part = slice(0, 2) if rank == 0 else slice(2, 5)
+    x, r = (data[n][part].requires_grad_() for n in ("x", "residual"))
+    y = act.norm_act(x, norm, r)
+    (y * data["weights"][part]).sum().backward()
+    for p in (*norm.parameters(), *act.parameters()):
+        torch.distributed.all_reduce(p.grad)
+    norm.eval()
+    torch.save(
+        {"y": y.detach(), "x": x.grad, "residual": r.grad, "weight": norm.weight.grad, "bias": norm.bias.grad, "beta": act.beta.grad,
+         "state": norm.state_dict(), "eval": act.norm_act(x, norm).detach()},
+        f"{folder}/{rank}.pt",
+    )  # fmt: skip
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="two processes share the CPU; on GPUs there would have to be two")
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_two_processes_share_the_statistics_of_a_synchronised_norm(momentum: float | None, tmp_path: Path) -> None:
+    """SyncBatchNorm over two processes equals batch norm of the whole batch in one."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual, weights = (torch.randn(5, 5, 4, 3, generator=generator) for _ in range(3))
+    norm = nn.BatchNorm2d(5, momentum=momentum)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    torch.save({"x": x, "residual": residual, "weights": weights, "norm": norm.state_dict(), "momentum": momentum}, tmp_path / "data.pt")
+    torch.multiprocessing.spawn(one_of_two_processes, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    act = make("swish(learn=beta)")
+    x.requires_grad_(), residual.requires_grad_()
+    y = act(norm(x) + residual)
+    (y * weights).sum().backward()
+    expected = {"y": y, "x": x.grad, "residual": residual.grad}
+    for name, whole in expected.items():
+        close(torch.cat([first[name], second[name]]), whole.detach().double(), 1e-5, name)
+    for name, whole in (("weight", norm.weight.grad), ("bias", norm.bias.grad), ("beta", act.beta.grad)):
+        close(first[name], whole.double(), 1e-5, name)
+    for name, value in norm.state_dict().items():
+        close(first["state"][name], value.double(), 1e-5, name)
+        assert torch.equal(first["state"][name], second["state"][name])
+    norm.eval()
+    close(torch.cat([first["eval"], second["eval"]]), act(norm(x)).detach().double(), 1e-5, "evaluation")
 
 
 # --- as a citizen of PyTorch ---------------------------------------------------------------------------------------------
