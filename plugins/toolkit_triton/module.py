@@ -103,11 +103,11 @@ class TritonActivation(ActivationModule):
     def can_fuse(self, x: Any) -> bool:
         """Whether the kernels take ``x``."""
         return (
-            type(x) in (Tensor, nn.Parameter)
+            not torch.compiler.is_compiling()
+            and type(x) in (Tensor, nn.Parameter)
             and (x.is_cuda or (interpreting() and x.device.type == "cpu"))
             and x.dtype in DTYPES
             and (x.dim() > 1 or not self.spec.per_channel)
-            and not torch.compiler.is_compiling()
             and available()
         )
 

@@ -20,6 +20,9 @@ if os.environ.get("TRITON_INTERPRET", "0") != "1" and not torch.cuda.is_availabl
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 (test_plugin.py runs these so)", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from toolkit import Activation, Parameter
 from toolkit.activations.assign import apply_rules, find_sites
 from toolkit.activations.fuse import unfuse
@@ -29,7 +32,7 @@ from toolkit.activations.registry import registry
 from toolkit.activations.spec import ActivationSpec
 from toolkit.errors import UserError
 from toolkit.gan.module import GAN
-from toolkit_triton import launch, ops
+from toolkit_triton import kernels, launch, ops
 from toolkit_triton.module import TritonActivation, scalars_of, triton_version
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -703,6 +706,31 @@ def test_mixed_precision() -> None:
     close(y, expected.double().cpu(), 5e-2, "autocast")
     y.float().sin().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in network.parameters())
+
+
+@triton.jit
+def _offsets(out_ptr, channel_ptr, block, t, N, C, S, LAST: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+    offsets, _, channel, _ = kernels.tile_at(tl.program_id(0) + block, tl.program_id(0) + t, N, C, S, LAST, R, K)
+    place = tl.arange(0, R)[:, None] * K + tl.arange(0, K)[None, :]
+    tl.store(out_ptr + place, offsets)
+    tl.store(channel_ptr + place, tl.broadcast_to(channel, (R, K)))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_offsets_beyond_an_int(last: bool) -> None:
+    """Where a tile of a tensor of 10^10 elements lies, without making one."""
+    n, c, s, rows, columns = (40_000_000, 250, 1, 4, 64) if last else (40_000, 250, 1000, 2, 256)
+    block, t = (3, 9_000_000) if last else (249, 4 * 19_000 + 3)
+    out = torch.zeros(rows, columns, dtype=torch.int64, device=DEVICE)
+    channel = torch.zeros(rows, columns, dtype=torch.int32, device=DEVICE)
+    _offsets[(1,)](out, channel, block, t, n, c, s, LAST=last, R=rows, K=columns)
+    r, k = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
+    if last:
+        expected = (t * rows + r) * c + block * columns + k
+    else:
+        expected = ((t // 4 * rows + r) * c + block) * s + (t % 4) * columns + k
+    assert int(expected.max()) > 2**31
+    assert torch.equal(out.cpu(), expected)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -128,7 +128,7 @@ def test_preference_takes_triton_where_it_exists() -> None:
     assert registry().find("triton/swish")[0] == "triton"
     with pytest.raises(UserError, match="triton has no version of softmax"):
         registry().find("triton/softmax")
-    with pytest.raises(UserError, match="unknown activation 'swosh'.*swish"):
+    with pytest.raises(UserError, match=r"unknown activation 'swosh'.*swish"):
         registry().find("triton/swosh")
 
 
@@ -187,3 +187,20 @@ def test_benchmarks_refuse_what_they_do_not_know() -> None:
     for arguments, words in ((["--sizes", "3MBx"], "size '3MBx'"), (["--modes", "forwards"], "forward"), (["--dtypes", "fp8"], "fp8")):
         with pytest.raises(UserError, match=words):
             run(["bench", "activations", *arguments])
+
+
+@pytest.mark.slow
+def test_whole_steps_of_every_way_run() -> None:
+    """The benchmark of whole steps, tiny and on the CPU: every way computes, without a CUDA graph."""
+    from toolkit.bench.gpu_step import dcgan_steps, resnet_steps
+    from toolkit.bench.timing import alternate
+
+    device, ways = torch.device("cpu"), ("eager", "compiled", "triton")
+    plain = ("eager", "triton")
+    for steps, expected in (
+        (dcgan_steps(16, 4, 4, "fp32", "swish", device, ways), ways),
+        (resnet_steps(2, "bf16", "relu", device, plain, image_size=32), plain),
+    ):
+        timings = alternate([s.variant() for s in steps], 4, 1, 0.01)
+        assert tuple(t.name for t in timings) == expected
+        assert all(t.median > 0 for t in timings)

@@ -164,15 +164,16 @@ def _step(args: argparse.Namespace) -> None:
     else:
         from toolkit.bench.gpu_step import dcgan_steps, resnet_steps
 
+        device = torch.device("cuda")
         for precision in ("fp32", "bf16"):
             for size, width in zip(args.sizes, args.widths, strict=True):
-                steps = list(dcgan_steps(size, width, args.batch_size, precision, args.activation))
+                steps = list(dcgan_steps(size, width, args.batch_size, precision, args.activation, device))
                 timings = alternate([s.variant() for s in steps], args.batch_size, args.rounds, args.seconds)
                 title = f"DCGAN step, {size} px, width {width}, {precision}"
                 lines += _print_step(title, f"dcgan,{size},{width},{precision}", timings, {s.name: s.peak for s in steps})
                 del steps
                 torch.cuda.empty_cache()
-            steps = list(resnet_steps(args.batch_size, precision, args.activation))
+            steps = list(resnet_steps(args.batch_size, precision, args.activation, device))
             timings = alternate([s.variant() for s in steps], args.batch_size, args.rounds, args.seconds)
             title = f"ResNet-50 step, 224 px, {precision}"
             lines += _print_step(title, f"resnet50,224,,{precision}", timings, {s.name: s.peak for s in steps})
