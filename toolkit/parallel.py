@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from toolkit.activations.fuse import fused_again
+
 
 def from_all_processes(parts: list[Any]) -> list[Any]:
     """``parts`` of every process, interleaved: what was dealt out item by item comes back in about its order."""
@@ -69,7 +71,8 @@ def synchronise_batch_norm(network: nn.Module, device: torch.device) -> nn.Modul
     if device.type != "cpu":
         from timm.layers import convert_sync_batchnorm
 
-        converted: nn.Module = convert_sync_batchnorm(network)
+        with fused_again(network):
+            converted: nn.Module = convert_sync_batchnorm(network)
         return converted
     for module in network.modules():
         if not isinstance(module, _BatchNorm):

@@ -137,7 +137,10 @@ def dense(x: Tensor) -> Tensor:
 
 def as_laid_out(t: Tensor, x: Tensor) -> Tensor:
     """``t`` in the memory layout of ``x``, copied only if it has another."""
-    return t if t.stride() == x.stride() else torch.empty_like(x, dtype=t.dtype).copy_(t)
+    # The stride of a dimension of one means nothing.
+    if t.stride() == x.stride() or all(n == 1 or a == b for n, a, b in zip(x.shape, t.stride(), x.stride(), strict=True)):
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:

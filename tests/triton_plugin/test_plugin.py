@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ from toolkit.activations.registry import registry
 from toolkit.cli import run
 from toolkit.errors import UserError
 from toolkit.gan.module import GAN
+from toolkit.parallel import synchronise_batch_norm
 
 HERE = Path(__file__).parent
 SHARDS = ("test_every and fp32", "test_every and not fp32", "not test_every")
@@ -56,6 +58,7 @@ def test_kernels_in_the_interpreter(part: str, shards: dict[str, subprocess.Pope
 def test_without_a_gpu_the_formula_runs_and_that_is_said_once() -> None:
     code = """
 from toolkit.gan.module import GAN
+from toolkit.parallel import synchronise_batch_norm
 import torch
 for _ in range(2):
     gan = GAN(16, generator_width=4, discriminator_width=4, prefer=["triton"])
@@ -154,6 +157,24 @@ def test_copies_have_fused_operations_of_their_own() -> None:
     assert vars(twin[1])["forward"].module is twin[1]
     assert vars(twin[1])["forward"].act is twin[2]
     assert find_sites(twin, torch.zeros(2, 3, 8, 8)).sites["2"].fused == "norm 1"
+
+
+def test_synchronised_norms_are_fused_as_the_plain_ones_were() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    apply_rules(network, {"2": "swish"}, example=torch.zeros(2, 3, 8, 8), prefer=["triton"])
+    converted = synchronise_batch_norm(network, torch.device("cuda"))
+    assert type(converted[1]) is nn.SyncBatchNorm
+    assert vars(converted[1])["forward"].module is converted[1]
+    assert vars(converted[1])["forward"].act is converted[2]
+    efficient = timm.create_model("test_efficientnet", num_classes=0)
+    site = next(n for n, s in find_sites(efficient).sites.items() if n.endswith("bn1.act"))
+    apply_rules(efficient, {site: "swish"}, example=torch.zeros(2, 3, 32, 32), prefer=["triton"])
+    converted = synchronise_batch_norm(efficient, torch.device("cuda"))
+    norm = converted.get_submodule(site.removesuffix(".act"))
+    assert isinstance(norm, nn.SyncBatchNorm)
+    assert vars(norm)["forward"].module is norm
+    converted.eval()
+    assert converted(torch.zeros(2, 3, 32, 32)).isfinite().all()
 
 
 def test_checkpoints_move_between_providers(tmp_path: Path) -> None:

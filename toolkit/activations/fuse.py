@@ -198,6 +198,16 @@ def unfuse(network: nn.Module) -> None:
             module.fused_with = "-"
 
 
+@contextmanager
+def fused_again(network: nn.Module) -> Iterator[None]:
+    """Around a change of norms to others of the same names (to synchronised ones): these are fused as the old ones were."""
+    fused = {name: vars(module)["forward"] for name, module in network.named_modules() if isinstance(vars(module).get("forward"), _Defer)}
+    yield
+    for name, module in network.named_modules():
+        if name in fused and "forward" not in vars(module):
+            module.forward = type(fused[name])(module, fused[name].act)
+
+
 def fuse(network: nn.Module, run: Callable[[], Any], sites: Mapping[str, nn.Module]) -> dict[str, str]:
     """Fuse activations of ``network`` that offer it with what comes before them, in place.
 
