@@ -8,8 +8,10 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import keyword
 import math
 import operator
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +36,12 @@ MAX_PARAMETERS = 4
 """Learned parameters that the kernels have room for."""
 _INLINE = 60
 _NEEDED_HELPERS = ("sigmoid", "tanh", "expm1", "log1p", "sin", "cos", "atan", "asinh", "power")
+
+
+def _safe(name: str) -> str:
+    """A parameter's name as a variable of the printed source, apart from those that this has already."""
+    taken = keyword.iskeyword(name) or name in ("P", "tl", "triton", "x", "y", *_NEEDED_HELPERS) or re.fullmatch(r"t\d+|own_\w*", name)
+    return f"{name}_" if taken else name
 
 
 class NoTriton(Exception):
@@ -115,6 +123,8 @@ def _trace(function: Callable[..., Tensor], count: int) -> GraphModule:
 
     # Any positive numbers do: the graph depends on shapes and types alone.
     example = [torch.linspace(0.2, 0.8, 3) for _ in range(count)]
+    if traced(*example).shape != example[0].shape:
+        raise NoTriton("it is not element-wise")
     graph: GraphModule = make_fx(traced, decomposition_table=dict(_decompositions()), tracing_mode="real")(*example)
     if any(getattr(n.target, "_schema", None) is not None and n.target._schema.is_mutable for n in graph.graph.nodes):
         graph = make_fx(functionalize(graph), tracing_mode="real")(*example)
@@ -158,9 +168,9 @@ def _avoid_cancellation(graph: GraphModule) -> None:
         a, b = node.args
         better: Node | None = None
         with graph.graph.inserting_before(node):
-            if node.target is aten.sub.Tensor and _is_one(a) and isinstance(b, Node) and b.target is aten.sigmoid.default:
+            if node.target is aten.sub.Tensor and _is_one(a) and isinstance(b, Node) and b.target is sigmoid:
                 minus = graph.graph.call_function(aten.neg.default, (b.args[0],))
-                better = graph.graph.call_function(aten.sigmoid.default, (minus,))
+                better = graph.graph.call_function(sigmoid, (minus,))
             elif node.target is aten.sub.Tensor and _is_one(a) and (t := _squared_tanh(b)) is not None:
                 twice = graph.graph.call_function(aten.mul.Tensor, (t, 2.0))
                 minus = graph.graph.call_function(aten.neg.default, (twice,))
@@ -171,9 +181,6 @@ def _avoid_cancellation(graph: GraphModule) -> None:
                 inner = b if _is_one(a) else a
                 if isinstance(inner, Node) and inner.target is aten.expm1.default:
                     better = graph.graph.call_function(aten.exp.default, (inner.args[0],))
-            elif node.target is aten.rsub.Scalar and _is_one(b) and isinstance(a, Node) and a.target is aten.sigmoid.default:
-                minus = graph.graph.call_function(aten.neg.default, (a.args[0],))
-                better = graph.graph.call_function(aten.sigmoid.default, (minus,))
         if better is not None:
             node.replace_all_uses_with(better)
 
@@ -428,8 +435,9 @@ def _live(lines: Sequence[str], result: Operand) -> list[str]:
 
 def _function(name: str, lines: Sequence[str], result: Operand, learned: Sequence[str], doc: str, variable: str = "x") -> str:
     lines = _live(lines, result)
-    used = [f"{p} = P[{i}]" for i, p in enumerate(learned) if _mentions(lines, result, p)]
-    if not _mentions(lines, result, variable) and not any(_mentions(lines, result, p) for p in learned):
+    names = [_safe(p) for p in learned]
+    used = [f"{p} = P[{i}]" for i, p in enumerate(names) if _mentions(lines, result, p)]
+    if not _mentions(lines, result, variable) and not used:
         result = f"tl.zeros_like({variable}) + {_number(result) if not isinstance(result, str) else result}"
     body = [f'"""{doc}"""', *used, *lines, f"return {result}"]
     return f"@triton.jit\ndef {name}({variable}, P):\n" + textwrap.indent("\n".join(body), "    ")
@@ -478,7 +486,7 @@ def write(activation: Activation, values: Mapping[str, Value], learned: tuple[st
         except Exception as error:
             # Whatever a formula does when it is traced, the answer is the same: no Triton version, and why.
             raise NoTriton(f"it cannot be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-        lines, result = results[name] = _body(graph, [variable, *learned][:arguments])
+        lines, result = results[name] = _body(graph, [variable, *map(_safe, learned)][:arguments])
         functions[name] = _function(name, lines, result, learned, doc, variable)
 
     def by(*places: int) -> Callable[..., Tensor]:

@@ -64,6 +64,17 @@ def test_a_negative_slope_cannot_be_told_from_the_output() -> None:
     assert write(registry().providers["toolkit_builtin"]["leaky_relu"], {"negative_slope": -0.1}, ()).needs == "input"
 
 
+def test_parameters_may_have_any_name() -> None:
+    """Names that the printed source has for itself."""
+    for name in ("t0", "P", "tl", "sigmoid", "total", "g", "lambda", "triton", "own_dx"):
+        activation = Activation("named", lambda x, p: p * torch.sigmoid(p * x) * torch.exp(-p * x * x), parameters={name: Parameter(0.7)})
+        for function in ast.parse(source_of(activation, name)).body:
+            if isinstance(function, ast.FunctionDef):
+                assigned = [t.id for n in function.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+                assert len(assigned) == len(set(assigned))
+                assert not {"P", "tl", "x", "sigmoid", "triton"} & set(assigned)
+
+
 def test_cancellation_is_avoided() -> None:
     """1 - sigmoid(t) and expm1(t) + 1 are exact where they are tiny."""
     assert "sigmoid(-x)" in source_of(Activation("a", lambda x: x * torch.sigmoid(x)))
@@ -88,6 +99,9 @@ def test_fixed_parameters_are_numbers_and_choices_select_a_formula() -> None:
         (lambda x: torch.special.bessel_j0(x), "bessel_j0"),
         (lambda x: x * torch.tensor([1.0, 2.0, 3.0]), "table of numbers"),
         (lambda x: 1 / 0, "ZeroDivisionError"),
+        (lambda x: x.unsqueeze(0) * x.unsqueeze(1), "not element-wise"),
+        (lambda x: x.sum() * 0 + 1, "not element-wise|sum"),
+        (lambda x: x + torch.rand_like(x), "rand"),
     ],
 )
 def test_what_cannot_be_printed_says_why(formula, why: str) -> None:
