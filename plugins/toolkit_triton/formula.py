@@ -598,14 +598,19 @@ def _own_functions(activation: Activation, values: Mapping[str, Value], learned:
         tree = ast.parse(text)
     except SyntaxError as error:
         raise NoTriton(f"its hand-written source is not Python: {error.msg} in line {error.lineno}") from error
-    known = ["value", "dx", "dxx", "dx_y", "dxx_y"]
-    known += [f"{d}_{p}" for p in learned for d in ("d", "dx")] + [f"d_{p}_{q}" for p in learned for q in learned]
     numeric = [n for n, p in activation.parameters.items() if not p.choices]
+
+    def names(parameters: Sequence[str]) -> list[str]:
+        by_two = [f"d_{p}_{q}" for p in parameters for q in parameters]
+        return ["value", "dx", "dxx", "dx_y", "dxx_y", *(f"{d}_{p}" for p in parameters for d in ("d", "dx")), *by_two]
+
     result: dict[str, str] = {}
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef):
             raise NoTriton("its hand-written source holds something other than functions")
-        if node.name not in known and not node.name.startswith("_"):
+        if node.name not in names(numeric) and not node.name.startswith("_"):
+            raise NoTriton(f"its hand-written source defines {node.name}, which is none of {', '.join(names(numeric))}, nor begins with _")
+        if node.name not in names(learned) and not node.name.startswith("_"):
             continue  # a derivative by a parameter that is fixed here
         variable = "y" if node.name.endswith("_y") else "x"
         arguments = ", ".join([variable, *(f"P[{learned.index(n)}]" if n in learned else _number(float(values[n])) for n in numeric)])

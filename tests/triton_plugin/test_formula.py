@@ -111,7 +111,12 @@ def test_what_cannot_be_printed_says_why(formula, why: str) -> None:
 
 @pytest.mark.parametrize(
     ("source", "why"),
-    [("def dx(x:\n", "not Python"), ("y = 3", "other than functions"), ("def dx(x):\n  return x\nimport os", "other than functions")],
+    [
+        ("def dx(x:\n", "not Python"),
+        ("def slope(x):\n  return x", "defines slope, which is none of value, dx"),
+        ("y = 3", "other than functions"),
+        ("def dx(x):\n  return x\nimport os", "other than functions"),
+    ],
 )
 def test_hand_written_source_is_checked(source: str, why: str) -> None:
     with pytest.raises(NoTriton, match=why):
