@@ -7,6 +7,8 @@ import functools
 import importlib.util
 import logging
 import os
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -94,6 +96,26 @@ class TritonActivation(ActivationModule):
         super().__init__(*args, **kwargs)
         self.scalars = scalars_of(self.activation, self.values, self.learned)
         available()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "scalars"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.scalars = scalars_of(self.activation, self.values, self.learned)
+
+    @classmethod
+    def conformance(cls, activation: Activation, spec: ActivationSpec) -> str:
+        """Compile its kernels ahead of time, and run them in Triton's interpreter against float64; what went wrong."""
+        if importlib.util.find_spec("triton") is None:
+            return ""
+        arguments = [sys.executable, "-m", "toolkit_triton.conform", f"triton/{activation.name}", str(spec)]
+        for interpret in ("0", "1"):
+            env = {**os.environ, "TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=env)
+            if done.returncode:
+                return (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["the process failed"])[-1]
+        return ""
 
     @classmethod
     def source(cls, activation: Activation, spec: ActivationSpec) -> str:

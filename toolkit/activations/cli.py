@@ -31,8 +31,19 @@ def main_plugins(argv: list[str]) -> int:
     )
     show.add_argument("name", help="as in a config: swish, triton/swish, 'swish(beta=1.5, learn=beta)'")
     show.add_argument("--triton", action="store_true", help="print the generated Triton source instead")
+    check = commands.add_parser(
+        "check",
+        help="the conformance kit: is an activation what its declaration says",
+        description="Check activations against their declarations: value and derivatives against float64 and finite differences, declared "
+        "properties, copies and pickles, compilers, a fresh process, every backend's version, a few steps of a GAN. One line per check, "
+        "a failure with the input that shows it; exit status 1 if there is one. From a plugin's own tests: "
+        "`from toolkit.testing import check_activation`.",
+    )
+    check.add_argument("names", nargs="+", metavar="NAME", help="as in a config, without parameters: swish, my_plugin/my_act")
     args = parser.parse_args(argv)
-    return _show(args.name, args.triton) if args.command == "show" else _list()
+    if args.command == "show":
+        return _show(args.name, args.triton)
+    return _check(args.names) if args.command == "check" else _list()
 
 
 def _parameters(activation: Activation) -> str:
@@ -113,6 +124,29 @@ def _show(text: str, triton: bool) -> int:
         rows.append(("formula", _source(activation.formula)))
     print_rows(str(activation.name), ("what", "value"), rows)
     return 0
+
+
+def _check(names: list[str]) -> int:
+    from toolkit.console import console
+    from toolkit.testing import run_checks, subject
+
+    for name in names:
+        subject(name)  # a name that nobody provides is told before the first takes its time
+    failed = 0
+    for name in names:
+        console.print(f"{name}", markup=False, style="bold")
+        results = run_checks(name)
+        while True:
+            with console.status("checking"):
+                result = next(results, None)
+            if result is None:
+                break
+            failed += result.state == "failed"
+            sign = {"passed": "ok  ", "failed": "FAIL", "not applicable": "-   "}[result.state]
+            console.print(f"  {sign} {result.name}" + (f": {result.message}" if result.message else ""), markup=False)
+    if failed:
+        console.print(f"{failed} check{'s' if failed > 1 else ''} failed", style="bold")
+    return 1 if failed else 0
 
 
 def _source(function: Any) -> str:

@@ -158,6 +158,16 @@ class Activation:
                         f"its declaration gives x and {len(self.parameters)} parameter(s)"
                     )
 
+    def __deepcopy__(self, memo: Any) -> Activation:
+        return self  # nothing of it changes
+
+    def __reduce__(self) -> Any:
+        """A registered activation is pickled by its names, so that a formula may be a lambda."""
+        from toolkit.activations.registry import registered
+
+        provider = registered(self)
+        return (_find, (provider, self.name)) if provider else object.__reduce_ex__(self, 2)
+
     def configure(self, spec: ActivationSpec) -> tuple[dict[str, Value], tuple[str, ...]]:
         """Values of all parameters, and the names of the learned ones, as ``spec`` asks for them.
 
@@ -198,3 +208,9 @@ class Activation:
     def values_in_order(self, values: Mapping[str, Any]) -> list[Any]:
         """``values`` in the order of the formula's arguments."""
         return [values[name] for name in self.parameters]
+
+
+def _find(provider: str, name: str) -> Activation:
+    from toolkit.activations.registry import registry
+
+    return registry().find(f"{provider}/{name}")[1]

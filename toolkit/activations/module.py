@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,15 +56,26 @@ class ActivationModule(nn.Module):
             shape = (channels,) if spec.per_channel and channels else (1,)
             self.register_parameter(name, nn.Parameter(torch.full(shape, float(self.values[name]))))
         self._limits = {n: activation.parameters[n].limits() for n in self.learned}
-        self._native = None
+        self._native = self._find_native()
         self.inner: nn.Module | None = None
         if activation.module is not None:
             keywords: dict[str, Any] = dict(self.values)
             if "channel_dim" in inspect.signature(activation.module).parameters:
                 keywords["channel_dim"] = channel_dim
             self.inner = activation.module(**keywords)
-        elif activation.native is not None and not (spec.per_channel and channel_dim != 1):
-            self._native = activation.native(self.values, self.learned)
+
+    def _find_native(self) -> Callable[..., Tensor] | None:
+        if self.activation.native is None or (self.spec.per_channel and self.channel_dim != 1):
+            return None
+        return self.activation.native(self.values, self.learned)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Functions made for these values; a pickle has no room for them, and they are made again.
+        return {k: v for k, v in vars(self).items() if k != "_native"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._native = self._find_native()
 
     fusible = False
     """Whether the class has fused operations of its own, so that neighbours are looked for."""
@@ -90,6 +102,11 @@ class ActivationModule(nn.Module):
     @classmethod
     def source(cls, activation: Activation, spec: ActivationSpec) -> str:
         """The code that a backend generates for ``activation`` as chosen, for people to read; empty where there is none."""
+        return ""
+
+    @classmethod
+    def conformance(cls, activation: Activation, spec: ActivationSpec) -> str:
+        """A backend's own check that its version of ``activation`` as chosen is right: empty, or what is wrong."""
         return ""
 
     def can_fuse(self, x: Any) -> bool:

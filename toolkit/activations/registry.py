@@ -110,3 +110,9 @@ class Registry:
 def registry() -> Registry:
     """The registry of this process's plugins."""
     return Registry.from_plugins(plugins())
+
+
+def registered(activation: Activation) -> str:
+    """The provider that ``activation`` is registered by, its name being looked up there; empty if it is not registered."""
+    found = registry()
+    return next((p for p in found.providers if found.lookup(p, activation.name) is activation), "")
