@@ -20,7 +20,10 @@ COMMANDS = {
     "detector": ("toolkit.detector.cli", "fit, test: train and measure a frame-level fake detector; robustness: spoiled frames"),
     "detect": ("toolkit.detector.detect", "score video files with a trained detector"),
     "study": ("toolkit.study.cli", "run, status, report: a grid of activations x seeds, and its report"),
-    "plugins": ("toolkit.activations.cli", "list: what is installed and where it comes from; show, check: one activation"),
+    "plugins": (
+        "toolkit.activations.cli",
+        "list: what is installed and where from; show, check: one activation; new: a plugin of your own",
+    ),
     "layers": ("toolkit.activations.cli", "the sites of a network and the activation at each"),
     "bench": ("toolkit.bench.cli", "activations, fused, step, detect: speed and memory against eager PyTorch and torch.compile"),
 }

@@ -31,6 +31,14 @@ def main_plugins(argv: list[str]) -> int:
     )
     show.add_argument("name", help="as in a config: swish, triton/swish, 'swish(beta=1.5, learn=beta)'")
     show.add_argument("--triton", action="store_true", help="print the generated Triton source instead")
+    new = commands.add_parser(
+        "new",
+        help="the skeleton of a plugin with an activation of your own",
+        description="Write a small distribution: pyproject.toml with the entry point, a module that declares an activation by its formula, "
+        "a test that runs the conformance kit, and a README. Nothing is overwritten.",
+    )
+    new.add_argument("name", metavar="NAME", help="of the plugin and its activation, such as my_act")
+    new.add_argument("--out", type=Path, help="folder to write (default: ./NAME)")
     check = commands.add_parser(
         "check",
         help="the conformance kit: is an activation what its declaration says",
@@ -43,6 +51,8 @@ def main_plugins(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.command == "show":
         return _show(args.name, args.triton)
+    if args.command == "new":
+        return _new(args.name, args.out or Path(args.name))
     return _check(args.names) if args.command == "check" else _list()
 
 
@@ -123,6 +133,15 @@ def _show(text: str, triton: bool) -> int:
         rows.append(("never decreases", "yes" if measured.monotonic else "no"))
         rows.append(("formula", _source(activation.formula)))
     print_rows(str(activation.name), ("what", "value"), rows)
+    return 0
+
+
+def _new(name: str, folder: Path) -> int:
+    from toolkit.activations.new import make_plugin
+
+    for path in make_plugin(name, folder):
+        print(f"wrote {path}")
+    print(f"next: pip install -e {folder}, edit the formula in {folder}/toolkit_{name}.py, toolkit plugins check {name}")
     return 0
 
 
