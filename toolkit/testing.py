@@ -126,7 +126,8 @@ def _shapes(s: Subject) -> None:
     sizes: list[tuple[int, ...]] = [(3, CHANNELS, 4, 6), (3, CHANNELS), (3, CHANNELS, 7), (2, CHANNELS, 3, 2, 2), (0, CHANNELS, 2, 2)]
     if s.activation.formula is not None:
         sizes += [(), (1,), (7,)]
-    for spec in s.specs:
+    per_site = [dataclasses.replace(spec, per_channel=False) for spec in s.specs if spec.per_channel]
+    for spec in [*s.specs, *per_site]:
         for shape in sizes:
             if spec.per_channel and len(shape) < 2:
                 continue

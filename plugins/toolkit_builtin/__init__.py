@@ -97,11 +97,16 @@ def _softplus(x: Tensor, beta: Tensor | float) -> Tensor:
     return -F.logsigmoid(-beta * x) / beta
 
 
-def _native_softplus(fixed: Mapping[str, float | str], learned: tuple[str, ...]) -> Native | None:
-    if learned or fixed["beta"] != 1.0:
-        return None
-    # F.softplus returns x itself above its threshold; at 20 the difference is 2e-9.
-    return lambda x: F.softplus(x)
+def _native_softplus(fixed: Mapping[str, float | str], learned: tuple[str, ...]) -> Native:
+    # F.softplus returns x itself where beta * x > 20; the difference there is under 2e-9. Unlike logsigmoid it keeps channels_last.
+    if not learned:
+        return lambda x: F.softplus(x, float(fixed["beta"]))
+
+    def with_learned(x: Tensor, beta: Tensor) -> Tensor:
+        beta = beta.view(-1, *[1] * (x.dim() - 2)) if beta.numel() > 1 else beta.view(())
+        return F.softplus(beta * x) / beta
+
+    return with_learned
 
 
 def _mish(x: Tensor) -> Tensor:
@@ -184,7 +189,12 @@ def toolkit_activations() -> list[Activation]:
             native=lambda fixed, learned: None if learned else (lambda x, a=float(fixed["alpha"]): F.celu(x, a)),
             reference="Barron 2017, arXiv:1704.07483",
         ),
-        Activation("mish", _mish, native=_always(F.mish), reference="Misra 2019, arXiv:1908.08681"),
+        Activation(
+            "mish",
+            _mish,
+            native=_always(lambda x: x * torch.tanh(F.softplus(x))),  # F.mish: second derivative NaN above 88
+            reference="Misra 2019, arXiv:1908.08681",
+        ),
         Activation("hardswish", _hardswish, native=_always(F.hardswish), reference="Howard et al. 2019, arXiv:1905.02244, 5.2"),
         Activation(
             "softplus",
