@@ -93,15 +93,22 @@ def everything_can_be_read(folder: Path) -> None:
             assert path.read_text().rstrip().endswith("</html>")
 
 
+def undisturbed(command: Callable[[Path], list[str]], folder: Path) -> tuple[Path, float]:
+    """Run ``command(folder)`` to the end; returns the folder and the seconds it took."""
+    finish(["--version"], folder.parent / "log.txt")  # the first process also starts the server
+    return folder, finish(command(folder), folder.parent / "log.txt")
+
+
 def try_moments(
-    tmp_path: Path, command: Callable[[Path], list[str]], again: Callable[[Path], list[str]], compare: Callable[[Path, Path], None]
+    tmp_path: Path,
+    command: Callable[[Path], list[str]],
+    again: Callable[[Path], list[str]],
+    compare: Callable[[Path, Path], None],
+    reference: tuple[Path, float] | None = None,
 ) -> None:
     """Kill ``command(folder)`` at random moments, run ``again(folder)`` to the end, and compare with an undisturbed run."""
     log = tmp_path / "log.txt"
-    whole = tmp_path / "undisturbed"
-    finish(command(whole), log)  # the first one also starts the server
-    shutil.rmtree(whole)
-    seconds = finish(command(whole), log)
+    whole, seconds = reference or undisturbed(command, tmp_path / "undisturbed")
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     hit = 0
     for place in range(KILLS):
@@ -236,11 +243,18 @@ def table_of(folder: Path) -> pd.DataFrame:
     return results_table(folder).sort_values(order, ignore_index=True)
 
 
-@pytest.mark.slow
-def test_study_run(small_study: Path, tmp_path: Path) -> None:
-    def command(folder: Path) -> list[str]:
-        return ["study", "run", str(small_study), "--out", str(folder), "--workers", "2"]
+@pytest.fixture(scope="module")
+def study_command(small_study: Path) -> Callable[[Path], list[str]]:
+    return lambda folder: ["study", "run", str(small_study), "--out", str(folder), "--workers", "2"]
 
+
+@pytest.fixture(scope="module")
+def made_study(study_command: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    return undisturbed(study_command, tmp_path_factory.mktemp("made") / "study")
+
+
+@pytest.mark.slow
+def test_study_run(study_command: Callable[[Path], list[str]], made_study: tuple[Path, float], tmp_path: Path) -> None:
     def compare(ours: Path, theirs: Path) -> None:
         pd.testing.assert_frame_equal(table_of(ours), table_of(theirs), check_exact=True)
         for path in theirs.glob("cells/*/checkpoints/*.ckpt"):
@@ -248,17 +262,14 @@ def test_study_run(small_study: Path, tmp_path: Path) -> None:
         for path in theirs.glob("cells/*/*.npy"):
             assert (ours / path.relative_to(theirs)).read_bytes() == path.read_bytes()
 
-    try_moments(tmp_path, command, command, compare)
+    try_moments(tmp_path, study_command, study_command, compare, made_study)
 
 
 @pytest.mark.slow
-def test_study_report(small_study: Path, tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    finish(["study", "run", str(small_study), "--out", str(made), "--workers", "2"], tmp_path / "log.txt")
-
+def test_study_report(small_study: Path, made_study: tuple[Path, float], tmp_path: Path) -> None:
     def command(folder: Path) -> list[str]:
         if not folder.is_dir():
-            shutil.copytree(made, folder)
+            shutil.copytree(made_study[0], folder)
             for name in ("report.html", "results.parquet", "differences.csv"):
                 (folder / name).unlink()
         return ["study", "report", str(small_study), "--out", str(folder)]
