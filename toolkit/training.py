@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ActionConfigFile
+from jsonargparse.typing import Path_fr
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.progress import (
     BarColumn,
@@ -31,6 +32,7 @@ from toolkit.checkpoints import AtomicCheckpoints, Checkpoints, load_checkpoint,
 from toolkit.console import console
 from toolkit.errors import UserError
 from toolkit.files import write_json, write_text
+from toolkit.plugins import use_files
 
 log = logging.getLogger(__name__)
 
@@ -302,6 +304,7 @@ class ToolkitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, default="", help="the run's folder (default: runs/KIND/NAME OF THE CONFIG)")
+        parser.add_argument("--plugins", type=list[Path_fr], default=[], help="one-file plugins; paths in a config start from its folder")
         parser.link_arguments("model.image_size", "data.image_size")
         for seeded in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", seeded, compute_fn=_as_seed)
@@ -347,6 +350,8 @@ class ToolkitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
+        # Absolute from here on: the config that is saved with the run lies in another folder.
+        config.plugins = [Path_fr(str(p)) for p in use_files([p.absolute for p in config.plugins], Path())]
         if not config.out:
             named = [Path(str(p)).stem for p in config.get("config") or []]
             config.out = str(Path("runs") / self.kind / (named[-1] if named else "default"))

@@ -53,7 +53,9 @@ def test_unmatched_pattern_lists_sites_and_the_nearest() -> None:
 
 
 def test_unknown_activation_lists_the_known_and_broken_plugins() -> None:
-    known = Registry({"toolkit_builtin": registry().providers["toolkit_builtin"]}, {"triton": "broken: ImportError: no triton"})
+    known = Registry(
+        {"toolkit_builtin": registry().providers["toolkit_builtin"]}, {"triton": "plugin triton is broken: ImportError: no triton"}
+    )
     with pytest.raises(UserError, match=r"unknown activation 'rlu'; known: .*Did you mean 'relu'.*plugin triton is broken"):
         known.find("rlu")
     with pytest.raises(UserError, match=r"no plugin 'triton' provides activations"):

@@ -200,16 +200,15 @@ def toolkit_activations():
 @pytest.fixture
 def zoo_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A one-file plugin, loaded in this process and its children."""
-    from toolkit.activations.registry import registry
     from toolkit.plugins import plugins
 
     (tmp_path / "zoo_plugin.py").write_text(REGISTERED)
     monkeypatch.setenv("TOOLKIT_PLUGIN_FILES", str(tmp_path / "zoo_plugin.py"))
     monkeypatch.setenv("ZOO_PARENT", str(os.getpid()))
-    plugins.cache_clear(), registry.cache_clear()
+    plugins.cache_clear()
     yield
     monkeypatch.undo()
-    plugins.cache_clear(), registry.cache_clear()
+    plugins.cache_clear()
 
 
 def test_faults_that_show_only_when_registered(zoo_plugin: None) -> None:

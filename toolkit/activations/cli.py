@@ -31,6 +31,8 @@ def main_plugins(argv: list[str]) -> int:
     )
     show.add_argument("name", help="as in a config: swish, triton/swish, 'swish(beta=1.5, learn=beta)'")
     show.add_argument("--triton", action="store_true", help="print the generated Triton source instead")
+    show.add_argument("--out", type=Path, help="also write the plot as a picture: NAME.png, .svg, .pdf or .html")
+    show.add_argument("--range", type=float, nargs=2, default=(-5.0, 5.0), metavar=("FROM", "TO"), help="of the plot (default -5 5)")
     new = commands.add_parser(
         "new",
         help="the skeleton of a plugin with an activation of your own",
@@ -50,7 +52,7 @@ def main_plugins(argv: list[str]) -> int:
     check.add_argument("names", nargs="+", metavar="NAME", help="as in a config, without parameters: swish, my_plugin/my_act")
     args = parser.parse_args(argv)
     if args.command == "show":
-        return _show(args.name, args.triton)
+        return _show(args.name, args.triton, tuple(args.range), args.out)
     if args.command == "new":
         return _new(args.name, args.out or Path(args.name))
     return _check(args.names) if args.command == "check" else _list()
@@ -65,13 +67,14 @@ def _list() -> int:
     from toolkit.activations.registry import registry
     from toolkit.console import console, print_rows
     from toolkit.metrics import all_measures
-    from toolkit.plugins import plugins
+    from toolkit.plugins import plugins, silently
 
-    loaded = plugins()
-    found = registry()
-    all_measures()
-    for hook in ("toolkit_dataset_layouts", "toolkit_face_detectors", "toolkit_engines", "toolkit_commands"):
-        loaded.mapping(hook)
+    with silently():
+        loaded = plugins()
+        found = registry()
+        all_measures()
+        for hook in ("toolkit_dataset_layouts", "toolkit_face_detectors", "toolkit_engines", "toolkit_commands"):
+            loaded.mapping(hook)
     rows = []
     for info in loaded.infos.values():
         provides = "; ".join(f"{hook.removeprefix('toolkit_')}: {', '.join(names)}" for hook, names in info.provides.items())
@@ -79,7 +82,9 @@ def _list() -> int:
     print_rows("plugins", ("name", "distribution", "state", "provides", "loaded from"), rows)
     for info in loaded.infos.values():
         if info.reason:
-            console.print(f"{info.name} is {info.state}: {info.reason}", markup=False)
+            console.print(info.problem, markup=False)
+    for notice in loaded.notices:
+        console.print(notice, markup=False)
     declarations = []
     without: dict[str, str] = {}
     for provider, names in found.providers.items():
@@ -103,9 +108,12 @@ def _list() -> int:
     return 0
 
 
-def _show(text: str, triton: bool) -> int:
+def _show(text: str, triton: bool, span: tuple[float, float], out: Path | None) -> int:
     from toolkit.activations.registry import registry
-    from toolkit.console import print_rows
+    from toolkit.console import console, print_rows
+
+    if not span[0] < span[1]:
+        raise UserError(f"--range goes from a smaller number to a larger one, not from {span[0]:g} to {span[1]:g}")
 
     found = registry()
     spec = ActivationSpec.parse(text)
@@ -133,6 +141,22 @@ def _show(text: str, triton: bool) -> int:
         rows.append(("never decreases", "yes" if measured.monotonic else "no"))
         rows.append(("formula", _source(activation.formula)))
     print_rows(str(activation.name), ("what", "value"), rows)
+    formula = activation.formula
+    if formula is None:
+        if out is not None:
+            raise UserError(f"{activation.name} is not element-wise: there is no curve to plot")
+        return 0
+    from toolkit.activations import plot
+
+    arguments = activation.values_in_order(values)
+    x, y, slope = plot.curves(lambda x: formula(x, *arguments), span)
+    for title, line in (("f(x)", y), ("its derivative", slope)):
+        console.print(title, markup=False)
+        for row in plot.braille(x, [line]):
+            console.print(row, markup=False)
+    if out is not None:
+        plot.save(out, str(spec), x, y, slope)
+        console.print(f"plot: {out}", markup=False)
     return 0
 
 
@@ -231,12 +255,15 @@ def _from_config(path: Path) -> dict[str, tuple[Any, Any]]:
 
     from toolkit.detector.module import Detector
     from toolkit.gan.module import GAN
+    from toolkit.plugins import use_files
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
     model = config.get("model") if isinstance(config, dict) else None
+    if isinstance(config, dict) and config.get("plugins"):
+        use_files(config["plugins"] if isinstance(config["plugins"], list) else [str(config["plugins"])], path.parent)
     if not isinstance(model, dict):
         raise UserError(f"{path} has no section model; is it a config of `toolkit gan fit` or `toolkit detector fit`?")
     kind: type[GAN] | type[Detector] = Detector if "backbone" in model or "front_end" in model else GAN

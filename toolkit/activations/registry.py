@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from toolkit.activations.declare import Activation
 from toolkit.activations.spec import ActivationSpec
 from toolkit.errors import UserError, closest
-from toolkit.plugins import Plugins, plugins
+from toolkit.plugins import Plugins, plugins, wrong_list
 
 DEFAULT_PROVIDER = "toolkit_builtin"
 
@@ -20,7 +20,7 @@ class Registry:
 
     Attributes:
         providers: provider -> name -> declaration; aliases are entries of their own.
-        unavailable: plugin that is blocked or broken -> why.
+        unavailable: plugin that is blocked or broken -> why, in a line.
         backends: provider -> function that makes its version of another provider's declaration, when it is asked for.
     """
 
@@ -34,8 +34,8 @@ class Registry:
         """Collect what the plugins' ``toolkit_activations`` return; a wrong return marks that plugin broken."""
         result = cls()
         for plugin, activations in loaded.results("toolkit_activations"):
-            if not isinstance(activations, list) or not all(isinstance(a, Activation) for a in activations):
-                loaded.mark_broken(plugin, "toolkit_activations() must return a list of Activation")
+            if wrong := wrong_list("toolkit_activations", Activation, activations):
+                loaded.mark_broken(plugin, wrong)
                 continue
             names: dict[str, Activation] = {}
             for activation in activations:
@@ -53,7 +53,7 @@ class Registry:
             result.backends[plugin] = make
             result.providers.setdefault(plugin, {})
             loaded.infos[plugin].provides["toolkit_activation_backends"] = ["every activation with a formula"]
-        result.unavailable = {i.name: f"{i.state}: {i.reason}" for i in loaded.infos.values() if i.state != "loaded"}
+        result.unavailable = {i.name: i.problem for i in loaded.infos.values() if i.state != "loaded"}
         return result
 
     def names(self) -> list[str]:
@@ -78,6 +78,16 @@ class Registry:
             return self._versions[key]
         return None
 
+    def origins(self, spec: ActivationSpec | str, prefer: Sequence[str] = ()) -> set[str]:
+        """The plugins that what ``spec`` means comes from: the provider, and for a backend's version the declaration's too.
+
+        Raises:
+            UserError: as :meth:`find`.
+        """
+        provider, activation = self.find(spec, prefer)
+        declared = next((p for p in self._order() if p not in self.backends and activation.name in self.providers[p]), provider)
+        return {provider, declared} if provider in self.backends else {provider}
+
     def _order(self) -> list[str]:
         return [p for p in (DEFAULT_PROVIDER, *sorted(self.providers)) if p in self.providers]
 
@@ -90,7 +100,7 @@ class Registry:
             UserError: nobody provides it, or ``prefer`` names an unknown provider.
         """
         spec = ActivationSpec.parse(spec)
-        missing = "; ".join(f"plugin {name} is {why}" for name, why in self.unavailable.items())
+        missing = "; ".join(self.unavailable.values())
         missing = f" ({missing})" if missing else ""
         for provider in [*prefer, *([spec.provider] if spec.provider else [])]:
             if provider not in self.providers:
@@ -106,10 +116,14 @@ class Registry:
         raise UserError(f"unknown activation {spec.name!r}; known: {', '.join(names)}.{closest(spec.name, names)}{missing}")
 
 
-@functools.cache
 def registry() -> Registry:
     """The registry of this process's plugins."""
-    return Registry.from_plugins(plugins())
+    return _registry_of(plugins())
+
+
+@functools.lru_cache(maxsize=1)
+def _registry_of(loaded: Plugins) -> Registry:
+    return Registry.from_plugins(loaded)
 
 
 def registered(activation: Activation) -> str:

@@ -13,16 +13,20 @@ __all__ = ["ClipSet", "FeatureSpace", "Measure", "all_measures", "estimate", "fe
 def all_measures(spaces: Sequence[FeatureSpace] | None = None) -> list[Measure]:
     """The measures of all plugins, those of features once for each of ``spaces`` (the fixed random one by default).
 
-    Of two with one name the first is kept.
+    The first to claim a name keeps it; another plugin's measure of that name is called ``plugin/name``.
     """
-    from toolkit.plugins import plugins
+    import dataclasses
+
+    from toolkit.plugins import plugins, wrong_list
 
     loaded = plugins()
     found: dict[str, Measure] = {}
+    owner: dict[str, str] = {}
     for plugin, measures in loaded.results("toolkit_metrics"):
-        if not isinstance(measures, list) or not all(isinstance(m, Measure) for m in measures):
-            loaded.mark_broken(plugin, "toolkit_metrics() must return a list of Measure")
+        if wrong := wrong_list("toolkit_metrics", Measure, measures):
+            loaded.mark_broken(plugin, wrong)
             continue
+        measures = [dataclasses.replace(m, name=loaded.own_name(plugin, m.name, owner)) for m in measures]
         for measure in measures:
             for one in [measure.within(s) for s in spaces or [random_space()]] if measure.in_spaces else [measure]:
                 found.setdefault(one.name, one)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,12 +75,38 @@ def run(study: Study, workers: int, engine: str = "local") -> int:
     # Once, here: the workers would all build the same cache.
     load_frames(study.manifest, study.spec.image_size)
     try:
-        engines[engine](study, workers)
+        with carried_plugins(study.folder):
+            engines[engine](study, workers)
     except UserError:
         if any(study.is_done(cell) for cell in study.cells()):
             report(study)
         raise
     return report(study)
+
+
+@contextmanager
+def carried_plugins(folder: Path) -> Iterator[None]:
+    """Within the block new processes load copies of the plugin files, kept in the study's folder by their hash.
+
+    So all cells of a run see the same code, wherever their workers are and whatever becomes of the files meanwhile.
+    """
+    from toolkit.files import atomic, file_hash
+    from toolkit.plugins import FILES_VARIABLE, named_files
+
+    copies = []
+    for file in named_files():
+        copies.append((folder / "plugins" / file_hash(file) / file.name).resolve())
+        if not copies[-1].is_file():
+            with atomic(copies[-1]) as temporary:
+                temporary.write_bytes(file.read_bytes())
+    before = os.environ.get(FILES_VARIABLE)
+    if copies:
+        os.environ[FILES_VARIABLE] = os.pathsep.join(map(str, copies))
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[FILES_VARIABLE] = before
 
 
 def report(study: Study) -> int:

@@ -23,6 +23,7 @@ from toolkit.errors import UserError, closest
 from toolkit.files import file_hash
 from toolkit.gan.data import open_manifest
 from toolkit.metrics.features import SPACES, FeatureSpace, feature_space
+from toolkit.plugins import plugins, use_files
 
 REAL = "real"
 STRANGERS = "real, other people"
@@ -86,6 +87,7 @@ class StudySpec:
         robustness: also test every detector on test frames that were compressed, blurred, resized or noisy.
         audit: also look for what could tell real from fake without a look at the face.
         prefer: providers to take bare activation names from.
+        plugins: one-file plugins; paths start from the file's folder.
     """
 
     name: str
@@ -105,6 +107,7 @@ class StudySpec:
     robustness: bool = True
     audit: bool = True
     prefer: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> StudySpec:
@@ -126,6 +129,7 @@ class StudySpec:
         if not isinstance(value, dict):
             raise UserError(f"study {path} is not a mapping of options")
         spec = _build(cls, {**value, **{k: v for k, v in overrides.items() if v is not None}}, str(path))
+        spec = dataclasses.replace(spec, plugins=tuple(str(p) for p in use_files(spec.plugins, Path(path).parent)))
         spec.check(path)
         return spec
 
@@ -236,6 +240,14 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+def _foreign(model: dict[str, Any]) -> dict[str, Any]:
+    """Fingerprints of the plugins, other than the toolkit's own, whose activations a network's options name."""
+    rules = [value for network in (model.get("activations") or {}).values() for value in network.values()]
+    origins = [registry().origins(value, model.get("prefer") or ()) for value in rules]
+    found = plugins().fingerprints(set().union(*origins))
+    return {"plugins": found} if found else {}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One point of the grid.
@@ -335,14 +347,14 @@ class Study:
         quality = []
         for seed in spec.seeds:
             for label, model in spec.networks().items():
-                cell = Cell("gan", label, seed, {"data": data, "clips": clips, "training": gan, "model": model})
+                cell = Cell("gan", label, seed, {"data": data, "clips": clips, "training": gan, "model": model, **_foreign(model)})
                 made[label, seed] = cell.key
                 cells.append(cell)
                 quality.append(Cell("quality", label, seed, measured, (cell.key, *network)))
         cells += quality
         for seed in spec.seeds:
             needs = tuple(made[label, seed] for label in spec.networks())
-            options = {"data": data, "training": detector, "clip_frames": spec.clips.frames}
+            options = {"data": data, "training": detector, "clip_frames": spec.clips.frames, **_foreign(spec.detector.model)}
             tests = []
             for label in spec.networks():
                 cells.append(Cell("detector", label, seed, options, needs))
@@ -359,9 +371,11 @@ class Study:
         """What quality is measured with: names of the measures, and spaces with the hash of their weights' file."""
         from toolkit.metrics import all_measures
 
+        names = [m.name for m in all_measures()]
+        foreign = plugins().fingerprints(i.name for i in plugins().infos.values() if i.provides.get("toolkit_metrics"))
         files = (text.partition("@") for text in self.spec.features)
         spaces = [name + (f"@{file_hash(Path(file).expanduser())}" if file else "") for name, _, file in files]
-        return {"names": [m.name for m in all_measures()], "spaces": spaces}
+        return {"names": names, "spaces": spaces, **({"plugins": foreign} if foreign else {})}
 
     def spaces(self) -> list[FeatureSpace]:
         """The feature spaces of the spec; the trained one must have been trained."""
