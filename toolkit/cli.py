@@ -43,14 +43,14 @@ class Parser(argparse.ArgumentParser):
 def _overview() -> str:
     width = max(len(name) for name in COMMANDS)
     lines = [
-        "usage: toolkit [--plugin FILE] [--block-plugin NAME] COMMAND ...",
+        "usage: toolkit COMMAND ... [--plugin FILE] [--block-plugin NAME]",
         "",
         "GAN training and deepfake detection with pluggable activation functions, chosen per layer.",
         "",
         "commands:",
         *(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()),
         "",
-        "options:",
+        "options of every command:",
         "  --plugin FILE        load a one-file plugin (may be repeated)",
         "  --block-plugin NAME  do not load this plugin (may be repeated)",
         "  --version            print the version",
@@ -62,16 +62,19 @@ def _overview() -> str:
 
 
 def _global_options(argv: list[str]) -> list[str]:
-    """Take the options that stand before the command and put them into the environment, for worker processes too."""
+    """Take these options, wherever they stand, and put them into the environment, for worker processes too."""
     from toolkit.plugins import BLOCK_VARIABLE, FILES_VARIABLE
 
-    rest = list(argv)
-    while rest and rest[0].split("=")[0] in ("--plugin", "--block-plugin"):
-        option, _, value = rest.pop(0).partition("=")
+    given, rest = list(argv), []
+    while given:
+        option, equals, value = given.pop(0).partition("=")
+        if option not in ("--plugin", "--block-plugin"):
+            rest.append(option + equals + value)
+            continue
         if not value:
-            if not rest:
+            if not given:
                 raise UserError(f"{option} needs a value")
-            value = rest.pop(0)
+            value = given.pop(0)
         variable, joint = (FILES_VARIABLE, os.pathsep) if option == "--plugin" else (BLOCK_VARIABLE, ",")
         value = os.path.abspath(value) if option == "--plugin" else value
         before = os.environ.get(variable, "")

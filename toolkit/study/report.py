@@ -238,6 +238,8 @@ def _facts(study: Study, cells: Cells) -> list[tuple[str, str]]:
     versions = cells[0][1].get("versions", {})
     seconds = sum(r["seconds"] for _, r in cells)
     spaces = sorted({m["space"] for _, r in cells for m in r.get("measures", []) if m.get("space")})
+    named = [part.get("plugins", {}) for c, _ in cells for part in (c["options"], c["options"].get("measures", {}))]
+    foreign = {name: fingerprint for part in named for name, fingerprint in part.items()}
     return [
         (
             "real data",
@@ -252,6 +254,7 @@ def _facts(study: Study, cells: Cells) -> list[tuple[str, str]]:
         ("feature space", "; ".join(spaces) or "none"),
         ("computing time", f"{seconds / 60:.0f} minutes in {len(cells)} cells"),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
+        *([("plugins", ", ".join(f"{name} ({fingerprint})" for name, fingerprint in foreign.items()))] if foreign else []),
     ]
 
 
