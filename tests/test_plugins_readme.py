@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sysconfig
+import time
 import venv
 from pathlib import Path
 
@@ -35,8 +36,10 @@ def test_the_page_word_for_word(tmp_path: Path) -> None:
     (site / "tests_own.pth").write_text(
         sysconfig.get_path("purelib") + "\nimport site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")\n"
     )
-    for name, code in (("toolkit", "from toolkit.cli import main; main()"), ("pytest", "import sys, pytest; sys.exit(pytest.main())")):
-        (place / "bin" / name).write_text(f"#!{place / 'bin' / 'python'}\n{code}\n")
+    for name, code in (("toolkit", "from toolkit.cli import main"), ("pytest", "from pytest import console_main as main")):
+        (place / "bin" / name).write_text(
+            f"#!{place / 'bin' / 'python'}\n{code}\n\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
+        )
         (place / "bin" / name).chmod(0o755)
     work = tmp_path / "work"
     work.mkdir()
@@ -45,9 +48,11 @@ def test_the_page_word_for_word(tmp_path: Path) -> None:
     printed = ""
     for language, text in blocks():
         if language == "bash":
+            began = time.monotonic()
             done = subprocess.run(["bash", "-euc", text], cwd=work, env=env, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
             printed += done.stdout
+            print(f"{time.monotonic() - began:.0f} s: {text}")
         else:
             file = work / text.split("\n", 1)[0].removeprefix("# ")
             # A file in a folder takes the place of one that `toolkit plugins new` wrote.

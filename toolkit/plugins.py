@@ -114,7 +114,7 @@ class Plugins:
             # Whatever a plugin does wrong while it loads must not harm the others.
             if self._manager.has_plugin(info.name):
                 self._manager.unregister(name=info.name)
-            self.mark_broken(info.name, str(error) if isinstance(error, UserError) else _told(error))
+            self.mark_broken(info.name, _told(error))
 
     def _notice(self, text: str) -> None:
         if text not in self.notices:
@@ -183,6 +183,8 @@ class Plugins:
 
 
 def _told(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

@@ -105,7 +105,8 @@ class Registry:
         for provider in [*prefer, *([spec.provider] if spec.provider else [])]:
             if provider not in self.providers:
                 known = ", ".join(self.providers)
-                raise UserError(f"no plugin {provider!r} provides activations; there are: {known}{missing}")
+                advice = "" if missing else "; install it, or name its file with --plugin"
+                raise UserError(f"no plugin {provider!r} provides activations; there are: {known}{advice}{missing}")
         for provider in [spec.provider] if spec.provider else [*prefer, *self._order()]:
             activation = self.lookup(provider, spec.name)
             if isinstance(activation, Activation):
