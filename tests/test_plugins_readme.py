@@ -28,6 +28,7 @@ def test_every_block_is_a_command_or_a_named_file() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_page_word_for_word(tmp_path: Path) -> None:
     # pip installs the plugin here; the toolkit and all else come from the environment of the tests.
     place = tmp_path / "environment"
